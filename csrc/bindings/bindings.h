@@ -1,0 +1,15 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+namespace py = pybind11;
+
+// One function per op, each in csrc/bindings/bind_<op>.cpp, called from module.cpp.
+
+template <class T>
+inline T* as_pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}

@@ -1,0 +1,21 @@
+// The only place that knows Python: every function takes integers (addresses, sizes, strides, codes
+// of common/dtype.h) and releases the interpreter lock while a kernel runs.
+#include "bindings/bindings.h"
+
+#include "cpu/isa.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "genai_perf native CPU kernels";
+  m.def("isa", [] { return std::string(gp::isa_name(gp::active_isa())); });
+  m.def("best_isa", [] { return std::string(gp::isa_name(gp::best_isa())); });
+  m.def("force_isa", [](const std::string& name) {
+    for (gp::Isa isa : {gp::Isa::scalar, gp::Isa::avx2, gp::Isa::avx512})
+      if (name == gp::isa_name(isa)) {
+        if (!gp::force_isa(isa))
+          throw py::value_error("isa: this machine has no " + name + ", only " +
+                                gp::isa_name(gp::best_isa()));
+        return;
+      }
+    throw py::value_error("isa: expected scalar, avx2 or avx512, got " + name);
+  });
+}

@@ -1,0 +1,49 @@
+"""Performance engineering for transformer models: custom kernels and compression.
+
+Names are loaded when first used: `import genai_perf` imports no triton, nki or transformers.
+"""
+
+from importlib import import_module
+
+from ._version import __version__
+
+_EXPORTS = {
+    "BackendUnsupported": "_errors",
+    "CalibrationError": "_errors",
+    "CheckpointError": "_errors",
+    "backends": "_backends",
+    "explain": "_dispatch",
+    "QuantizedTensor": "formats",
+    "attention": "ops.attention",
+    "quantize": "ops.quantize",
+    "dequantize": "ops.quantize",
+    "quant_matmul": "ops.quant_matmul",
+    "QuantLinear": "nn",
+    "quantize_model": "nn",
+    "compress": "compression",
+    "Recipe": "compression",
+    "RTN": "compression",
+    "GPTQ": "compression",
+    "SparseGPT": "compression",
+    "Magnitude": "compression",
+    "Wanda": "compression",
+    "load_compressed": "integrations.transformers",
+}
+_SUBMODULES = ("bench", "compression", "formats", "integrations", "io", "nn", "ops", "testing")
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    elif name in _SUBMODULES:
+        value = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *_EXPORTS, *_SUBMODULES])

@@ -1,0 +1,56 @@
+"""The native C++ extension: loading it, addresses, dtype codes and thread count."""
+
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from .._config import CONFIG
+
+# csrc/common/dtype.h holds the same numbers.
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 4,
+}
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from .. import _C
+    except ImportError as error:
+        return None, f"the native extension is not built ({error}); run `pip install -e .`"
+    if CONFIG.isa:
+        _C.force_isa(CONFIG.isa)
+    return _C, None
+
+
+def unavailable() -> str | None:
+    return _load()[1]
+
+
+def lib() -> ModuleType:
+    """The extension module; only call it where `why_not` gave None."""
+    module, reason = _load()
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
+def why_not(*tensors: torch.Tensor | None) -> str | None:
+    """Why no native kernel can take these tensors, or None."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"native needs CPU tensors, got {tensor.device}"
+    return unavailable()
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def threads() -> int:
+    return torch.get_num_threads()
