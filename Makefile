@@ -1,34 +1,41 @@
 # The two commands: make demo, make test. Each sets up everything it needs in .venv.
 PYTHON ?= python3
+# The small CPU build of torch: make dev TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# AUTO builds the CUDA kernels where nvcc is found.
+GENAI_PERF_CUDA ?= AUTO
 VENV := .venv
 PY := $(VENV)/bin/python
-# A stamp newer than what decides the set-up; C++ changes rebuild through `make native`.
+PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.dev-stamp
-NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt
+SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test dev native check bench clean
+.PHONY: demo test dev native check clean
 
 demo: dev
 	$(VENV)/bin/genaiperf demo
 
-test: dev
+test: dev native
 	$(PY) -m pytest
 
 dev: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE_SOURCES)
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -c constraints.txt --upgrade pip setuptools wheel
-	$(PY) -m pip install -q -c constraints.txt torch
-	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+# Build isolation is off so that the compiled objects in build/native are kept between builds.
+$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(SOURCES)
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip 'setuptools>=77' cmake ninja pybind11
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	PATH="$(abspath $(VENV)/bin):$$PATH" GENAI_PERF_CUDA=$(GENAI_PERF_CUDA) \
+	  $(PIP) --no-build-isolation -e '.[dev]'
 	touch $(STAMP)
 
-# The extension alone, incrementally, into genai_perf/.
+# The extension and the C++ tests, incrementally; the extension goes into genai_perf/.
 native:
-	$(PY) -m cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	@$(PY) -m cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DCMAKE_MAKE_PROGRAM=$$($(PY) -c 'import ninja; print(ninja.BIN_DIR)')/ninja \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/genai_perf -DPython_EXECUTABLE=$(abspath $(PY)) \
-	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) -DGENAI_PERF_TESTS=ON >/dev/null
+	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) \
+	  -DGENAI_PERF_CUDA=$(GENAI_PERF_CUDA) -DGENAI_PERF_TESTS=ON > /dev/null
 	$(PY) -m cmake --build build/native
 
 check:

@@ -34,6 +34,25 @@ _SUBMODULES = ("bench", "compression", "formats", "integrations", "io", "nn", "o
 __all__ = ["__version__", *_EXPORTS]
 
 
+def _refuse_namesake() -> None:
+    """NVIDIA's retired client benchmark, distribution genai-perf, has the same import name."""
+    from importlib.metadata import PackageNotFoundError, distribution
+    from pathlib import Path
+
+    try:
+        theirs = distribution("genai-perf")
+    except PackageNotFoundError:
+        return
+    if Path(str(theirs.locate_file("genai_perf"))).resolve() == Path(__file__).resolve().parent:
+        raise ImportError(
+            "genai_perf: NVIDIA's genai-perf is installed over this package (genaiperf), in the "
+            "same folder; run `pip uninstall genai-perf`, then reinstall genaiperf"
+        )
+
+
+_refuse_namesake()
+
+
 def __getattr__(name: str):
     if name in _EXPORTS:
         value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

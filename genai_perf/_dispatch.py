@@ -1,7 +1,7 @@
 """Op: one schema, one fake, and the choice of a backend for each call.
 
-An op lives in a package `genai_perf.ops.<op>`; its backends are modules of that package, named after
-the backend, each with `why_not(*args) -> str | None` and `forward(*args)` (and, for the backward
+An op lives in a package `genai_perf.ops.<op>`; its backends are modules of that package, named
+after the backend, each with `why_not(*args) -> str | None` and `forward(*args)` (and, for the backward
 op, `why_not_backward` and `backward`). They are imported when first considered.
 
 Registered with the low-level torch.library.Library: 4 us a call where torch.library.custom_op costs
@@ -26,7 +26,7 @@ _explaining: ContextVar[bool] = ContextVar("genai_perf_explaining", default=Fals
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one call would run: `backend`, and for each backend why it would not (None: it would)."""
+    """What one call would run, and for each backend why it would not (None: it would)."""
 
     op: str
     backend: str
@@ -70,7 +70,7 @@ class Op:
         self._overload = getattr(torch.ops.genai_perf, name).default
 
     def __call__(self, *args, backend: str | None = None):
-        if _explaining.get():
+        if not torch.compiler.is_compiling() and _explaining.get():
             raise _Explained(self.explain(*args, backend=backend))
         return self._overload(*args, backend=backend)
 
@@ -87,9 +87,9 @@ class Op:
 
     def explain(self, *args, backend: str | None = None) -> Explanation:
         reasons = {name: self.why_not(name, args) for name in self.backends}
-        return Explanation(self.name, self._choose(args, backend), reasons)
+        return Explanation(self.name, self._choose(args, backend, quiet=True), reasons)
 
-    def _choose(self, args: tuple, backend: str | None) -> str:
+    def _choose(self, args: tuple, backend: str | None, *, quiet: bool = False) -> str:
         if backend is not None:
             if backend not in self.backends:
                 raise ValueError(f"{self.name}: backend must be one of "
@@ -102,13 +102,13 @@ class Op:
         for name in preferred + self.backends:
             reasons[name] = self.why_not(name, args)
             if reasons[name] is None:
-                if name == "reference" and name not in preferred:
+                if name == "reference" and name not in preferred and not quiet:
                     self._warn(args, reasons)
                 return name
         raise BackendUnsupported(f"{self.name}: no backend runs this call: {_sentence(reasons)}")
 
     def _warn(self, args: tuple, reasons: dict[str, str | None]) -> None:
-        """Falling to the slow reference on an accelerator, or without the extension, is said once."""
+        """Said once: the slow reference runs on an accelerator, or for want of the extension."""
         from ._backends import native
 
         accelerated = any(isinstance(a, torch.Tensor) and a.device.type != "cpu" for a in args)
@@ -143,4 +143,6 @@ def explain(op: Callable, *args, **kwargs) -> Explanation:
         return explained.explanation
     finally:
         _explaining.reset(token)
-    raise ValueError(f"explain: {getattr(op, '__name__', op)!r} runs no genai_perf op on these arguments")
+    raise ValueError(
+        f"explain: {getattr(op, '__name__', op)!r} runs no genai_perf op on these arguments"
+    )

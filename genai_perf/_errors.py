@@ -6,7 +6,7 @@ class BackendUnsupported(NotImplementedError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint on disk cannot be read, is damaged, or cannot be written; names file or tensor."""
+    """A checkpoint on disk cannot be read or written, or is damaged; names the file or tensor."""
 
 
 class CalibrationError(ValueError):

@@ -11,8 +11,6 @@ BACKENDS = ("cuda", "native", "reference")
 def backends() -> dict[str, str | None]:
     """What this machine has: backend name -> None if usable, else the reason why not."""
     return {
-        name: None
-        if name == "reference"
-        else import_module(f"{__name__}.{name}").unavailable()
+        name: None if name == "reference" else import_module(f"{__name__}.{name}").unavailable()
         for name in BACKENDS
     }
