@@ -1,8 +1,8 @@
 """Op: one schema, one fake, and the choice of a backend for each call.
 
 An op lives in a package `genai_perf.ops.<op>`; its backends are modules of that package, named
-after the backend, each with `why_not(*args) -> str | None` and `forward(*args)` (and, for the backward
-op, `why_not_backward` and `backward`). They are imported when first considered.
+after the backend, each with `why_not(*args) -> str | None` and `forward(*args)` (and, for the
+backward op, `why_not_backward` and `backward`). They are imported when first considered.
 
 Registered with the low-level torch.library.Library: 4 us a call where torch.library.custom_op costs
 12 (measured on a 2-core VM), and opaque to torch.compile all the same.
