@@ -1,0 +1,24 @@
+"""Quantization formats: data, layouts and exact reference codecs, in torch alone."""
+
+from types import MappingProxyType
+
+from .._checks import check_choice
+from .base import Format, QuantizedTensor, Spec
+from .fp8 import FP8, FP8_E5M2
+from .int4 import INT4
+from .int8 import INT8
+from .nf4 import FORMAT as NF4
+
+FORMATS = MappingProxyType({f.name: f for f in (INT8, FP8, FP8_E5M2, NF4, INT4)})
+
+__all__ = ["FORMATS", "Format", "QuantizedTensor", "Spec", "get"]
+
+
+def get(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        ValueError: no such format.
+    """
+    check_choice("quantize", "format", name, tuple(FORMATS))
+    return FORMATS[name]

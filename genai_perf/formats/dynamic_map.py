@@ -1,0 +1,44 @@
+"""The signed dynamic map: 256 values in [-0.99, 1], dense near zero, and its exact nearest code.
+
+Source: 8-Bit Approximations for Parallelism in Deep Learning, arXiv:1511.04561, section 2.1.
+"""
+
+from functools import cache
+
+import torch
+
+from .base import ceil_div
+
+
+@cache
+def dynamic_map() -> torch.Tensor:
+    """The 256 values in rising order, fp32: for each decade 10^-6 ... 10^0 the centres of 1, 2, 4,
+    ..., 64 equal parts of [0.1, 1], of both signs; and 0 and 1."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        centres = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
+        values += centres + [-c for c in centres]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@cache
+def dynamic_bounds() -> torch.Tensor:
+    """The 255 fp32 midpoints between neighbours; a value on one takes the lower code."""
+    values = dynamic_map()
+    return (values[:-1] + values[1:]) / 2.0
+
+
+def encode_blocks(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest codes (uint8) of the flat fp32 `x`, and the absmax of each `block` elements."""
+    blocks = ceil_div(x.numel(), block)
+    padded = torch.nn.functional.pad(x, (0, blocks * block - x.numel())).view(blocks, block)
+    absmax = padded.abs().amax(1)
+    t = (padded * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    codes = torch.bucketize(t, dynamic_bounds().to(x.device))
+    return codes.to(torch.uint8).view(-1)[: x.numel()], absmax
+
+
+def decode_blocks(codes: torch.Tensor, absmax: torch.Tensor, block: int) -> torch.Tensor:
+    values = dynamic_map().to(codes.device)[codes.long()]
+    return values * absmax.repeat_interleave(block)[: codes.numel()]

@@ -1,0 +1,118 @@
+"""int4: groups along a row, symmetric or asymmetric, as compressed-tensors' pack-quantized."""
+
+import torch
+
+from .._checks import check_choice, fail
+from .base import FLOATS, SCALE_FLOOR, Format, Layout, QuantizedTensor, Spec, ceil_div
+
+
+class Int4(Format):
+    """qdata uint8 (..., ceil(K/2)): unsigned codes u, element 2i in the low nibble of byte i.
+
+    group_size elements of a row share a scale (128; -1: the row; a last group may be shorter).
+    symmetric: u = q + 8, q = clamp(round_half_even(x / scale), -8, 7), scale = absmax / 7.5,
+    dequantized (u - 8) * scale. Asymmetric: scale = (max - min) / 15 over a range that holds 0,
+    zero_point uint8 (..., K/g) = round(-min / scale), dequantized (u - zero_point) * scale.
+    scale (..., ceil(K/g)) is rounded to scale_dtype before the codes are computed.
+    Source: compressed-tensors, min-max round-to-nearest.
+    """
+
+    name = "int4"
+    options = ("group_size", "symmetric", "scale_dtype")
+    default_group_size = 128
+
+    def _resolve(self, *, group_size: int | None = None, symmetric: bool = True,
+                scale_dtype: torch.dtype = torch.float32) -> Spec:  # fmt: skip
+        check_choice("quantize", "scale_dtype", scale_dtype, FLOATS)
+        group_size = self.default_group_size if group_size is None else group_size
+        _check_group_size(group_size)
+        return Spec(group_size, False, symmetric, scale_dtype)
+
+    def layout(self, shape: tuple[int, ...], spec: Spec) -> Layout:
+        _check_group_size(spec.group_size)
+        *lead, k = shape
+        scales = (*lead, group_count(k, spec.group_size))
+        layout = {
+            "qdata": ((*lead, ceil_div(k, 2)), torch.uint8),
+            "scale": (scales, spec.scale_dtype),
+        }
+        if not spec.symmetric:
+            layout["zero_point"] = (scales, torch.uint8)
+        return layout
+
+    def encode(self, x: torch.Tensor, spec: Spec) -> dict[str, torch.Tensor]:
+        k = x.shape[-1]
+        g = spec.group_size if spec.group_size > 0 else max(k, 1)
+        groups = group_count(k, spec.group_size)
+        # Zeros after the last element leave absmax alone, and a range that holds 0.
+        x = torch.nn.functional.pad(x, (0, groups * g - k)).unflatten(-1, (groups, g))
+        scale, zero = group_parameters(x, spec)
+        if zero is None:
+            q = (x / scale.float()[..., None]).round().clamp(-8, 7)
+        else:
+            q = (x / scale.float()[..., None] + zero[..., None]).clamp(-8, 7).round()
+        u = (q + 8).to(torch.uint8).flatten(-2)[..., :k]
+        components = {"qdata": pack(u), "scale": scale}
+        return components if zero is None else components | {"zero_point": (zero + 8).byte()}
+
+    def decode(self, qt: QuantizedTensor) -> torch.Tensor:
+        k = qt.shape[-1]
+        g = qt.group_size if qt.group_size > 0 else max(k, 1)
+        zero = torch.tensor(8.0, device=qt.device)
+        if qt.zero_point is not None:
+            zero = qt.zero_point.float().repeat_interleave(g, -1)[..., :k]
+        scale = qt.scale.float().repeat_interleave(g, -1)[..., :k]
+        return (unpack(qt.qdata, k).float() - zero) * scale
+
+
+def group_parameters(x: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale in `spec.scale_dtype`, and signed zero point as fp32 in [-8, 7], over the last axis."""
+    if x.shape[-1] == 0 or x.numel() == 0:
+        low = high = x.new_zeros(x.shape[:-1])
+    else:
+        low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    if spec.symmetric:
+        scale = torch.maximum(-low, high) / 7.5
+    else:
+        scale = (high - low) / 15.0
+        # The range of values near the largest float overflows; its fifteenth does not.
+        scale = torch.where(torch.isinf(scale), high / 15.0 - low / 15.0, scale)
+    scale = round_scale(scale, spec.scale_dtype)
+    if spec.symmetric:
+        return scale, None
+    return scale, (-8 - low / scale.float()).clamp(-8, 7).round()
+
+
+def round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scale` in `dtype`, at least the smallest number by which fp32 can divide safely."""
+    # fp16 keeps its subnormals: weights below 4.6e-4 have such scales.
+    floor = 2.0**-24 if dtype is torch.float16 else SCALE_FLOOR
+    rounded = scale.clamp(min=floor).to(dtype)
+    if dtype is torch.float16 and torch.isinf(rounded).any():
+        fail("quantize", "scale_dtype", "wide enough for the scales",
+             f"torch.float16 with a scale of {scale.max().item():g}")  # fmt: skip
+    return rounded
+
+
+def pack(u: torch.Tensor) -> torch.Tensor:
+    """Codes 0..15 as uint8 (..., K) to bytes (..., ceil(K/2)), element 2i in the low nibble."""
+    u = torch.nn.functional.pad(u, (0, u.shape[-1] % 2))
+    return u[..., ::2] | (u[..., 1::2] << 4)
+
+
+def unpack(packed: torch.Tensor, k: int) -> torch.Tensor:
+    """The inverse of `pack`: uint8 codes (..., k)."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :k]
+
+
+def group_count(k: int, group_size: int) -> int:
+    return 1 if group_size == -1 else ceil_div(k, group_size)
+
+
+def _check_group_size(group_size: int) -> None:
+    if group_size != -1 and (group_size <= 0 or group_size % 8):
+        fail("quantize", "group_size", "-1 (a whole row) or a positive multiple of 8", group_size)
+
+
+INT4 = Int4()
+quantize, dequantize = INT4.quantize, INT4.dequantize
