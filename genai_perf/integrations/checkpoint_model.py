@@ -1,0 +1,293 @@
+"""A checkpoint as a transformers model that is never whole in memory: one block at a time.
+
+What the blocks are called with (masks, position embeddings, arguments that differ from layer to
+layer) comes from the model's own code, which runs once with every block replaced by a recorder.
+So there is no code per architecture.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._errors import CheckpointError
+from ..io.checkpoints import Checkpoint, check_finite
+from . import skeleton
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the blocks are called with.
+
+    hidden: one (batch, seqlen, hidden) tensor per batch, the input of block 0.
+    kwargs: `kwargs[i][b]`, the keyword arguments of block i for batch b beside the hidden states;
+        equal ones are one object, so 512 batches hold one mask.
+    """
+
+    hidden: list[torch.Tensor]
+    kwargs: list[list[dict[str, Any]]]
+
+
+class CheckpointModel:
+    """A transformers model on the meta device whose blocks are loaded and freed one by one.
+
+        model = CheckpointModel(path)
+        inputs = model.block_inputs(batches)             # embeddings, masks, positions
+        hidden = inputs.hidden
+        for i, (prefix, block) in enumerate(model.blocks):
+            model.load_block(i)                          # mapped from the file, NaN refused
+            hidden = [model.forward_block(i, h, kw) for h, kw in zip(hidden, inputs.kwargs[i])]
+            writer.write(model.block_tensors(i))
+            model.free_block(i)
+        for name, tensor in model.other_tensors():       # embeddings, final norm, head
+            writer.write({name: tensor})
+        writer.commit(model.checkpoint.config)
+
+    Every name is the model's own (that of `save_pretrained`), also where the files spell it
+    differently; write these names.
+
+    Args:
+        path: checkpoint folder, dense (not quantized).
+        dtype: of loaded weights and of the computation; None: that of the checkpoint.
+        device: where loaded blocks and hidden states live.
+
+    Raises:
+        CheckpointError: see `Checkpoint`; also an unknown architecture, a tensor that is missing
+            or has another shape than the config says, a checkpoint that is quantized already.
+    """
+
+    def __init__(self, path: str | Path, *, dtype: torch.dtype | None = None,
+                 device: str | torch.device = "cpu"):  # fmt: skip
+        self.checkpoint = Checkpoint(path)
+        if self.checkpoint.quantization is not None:
+            method = self.checkpoint.quantization.get("quant_method")
+            raise CheckpointError(f"{self.checkpoint.path}: is quantized already ({method}): "
+                                  f"name the dense checkpoint")  # fmt: skip
+        self.model = skeleton.build(self.checkpoint, dtype)
+        self.config = self.model.config
+        self.dtype: torch.dtype = self.config.dtype
+        self.device = torch.device(device)
+        self.names = skeleton.Names(self.checkpoint, self.model)
+        self.blocks: list[tuple[str, nn.Module]] = skeleton.find_blocks(self.model)
+        self._shapes = {name: tensor.shape for name, tensor in skeleton.stored(self.model)}
+        self._prefixes = tuple(f"{prefix}." for prefix, _ in self.blocks)
+        for name, shape in self._shapes.items():
+            self.names.get(name, shape)  # maps without reading: shape and presence, before any work
+
+    @property
+    def unused(self) -> list[str]:
+        """Tensors of the checkpoint that the model does not have; they are not carried over."""
+        used = {self.names.find(name) for name in self._shapes}
+        return [name for name in self.checkpoint.names() if name not in used]
+
+    @cached_property
+    def tokenizer(self):
+        """The folder's tokenizer, or None where it has none."""
+        from transformers import AutoTokenizer
+
+        folder = self.checkpoint.path
+        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
+
+    # --- weights -----------------------------------------------------------------------------
+
+    def load_block(self, i: int) -> nn.Module:
+        """Gives block i its weights (mapped from the file, cast where `dtype` differs), checked
+        for NaN and infinity; returns the block."""
+        prefix, block = self.blocks[i]
+        self._load(name for name, _ in skeleton.stored(block, f"{prefix}."))
+        return block
+
+    def free_block(self, i: int) -> None:
+        """Takes block i's weights away again."""
+        prefix, block = self.blocks[i]
+        self._free(name for name, _ in skeleton.stored(block, f"{prefix}."))
+
+    def block_tensors(self, i: int) -> dict[str, torch.Tensor]:
+        """Block i's tensors as they are now (loaded, perhaps modified), in the stored dtype."""
+        prefix, block = self.blocks[i]
+        return {name: tensor.detach().to(self.stored_dtype(name))
+                for name, tensor in skeleton.stored(block, f"{prefix}.")}  # fmt: skip
+
+    def other_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Everything outside the blocks, straight from the files, one at a time; a tied tensor
+        once, and NaN refused."""
+        for name, shape in self._shapes.items():
+            if not name.startswith(self._prefixes):
+                tensor = self.names.get(name, shape)
+                check_finite(name, tensor)
+                yield name, tensor
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the checkpoint holds a tensor of the model."""
+        return self.checkpoint.info(self.names.find(name)).dtype
+
+    def linears(self, i: int) -> dict[str, nn.Module]:
+        """Block i's linear layers, nn.Linear and Conv1D, by full module name."""
+        prefix, block = self.blocks[i]
+        return {f"{prefix}.{name}": module for name, module in block.named_modules()
+                if skeleton.is_linear(module)}  # fmt: skip
+
+    @staticmethod
+    def get_weight(linear: nn.Module) -> torch.Tensor:
+        """The weight as (out_features, in_features), a view: Conv1D holds it transposed."""
+        return linear.weight.detach().T if skeleton.is_conv1d(linear) else linear.weight.detach()
+
+    @staticmethod
+    def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
+        """Replaces the weight by (out_features, in_features) values, kept in the layer's dtype."""
+        value = weight.T.contiguous() if skeleton.is_conv1d(linear) else weight
+        old = linear.weight
+        linear.weight = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)
+
+    # --- running -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def block_inputs(self, batches: list[torch.Tensor]) -> BlockInputs:
+        """Runs the model up to its first block, and its own code around the others.
+
+        Args:
+            batches: input ids, int64 (batch, seqlen) each, without padding.
+        """
+        outside = self._outside(head=False)
+        self._load(outside)
+        returns_tuple = self._returns_tuple(batches[0])
+        hidden: list[torch.Tensor] = []
+        kwargs: list[list[dict]] = [[] for _ in self.blocks]
+
+        def record(i: int, states: torch.Tensor, call: dict):
+            if i == 0:
+                hidden.append(states)
+            call = next((old for old in kwargs[i] if _same(old, call)), call)
+            kwargs[i].append(call)
+            if i == len(self.blocks) - 1:
+                raise _Recorded
+            return (states,) if returns_tuple else states
+
+        with self._replaced(record):
+            for batch in batches:
+                try:
+                    self.model(input_ids=batch.to(self.device), use_cache=False)
+                except _Recorded:
+                    pass
+        self._free(outside)
+        return BlockInputs(hidden, kwargs)
+
+    @torch.no_grad()
+    def forward_block(self, i: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Block i's output for hidden states and the keyword arguments of `block_inputs`."""
+        output = self.blocks[i][1](hidden, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's logits for the last block's output: final norm and head, by its own code.
+
+        Args:
+            batch: the input ids that `hidden` came from, (batch, seqlen).
+            hidden: output of the last block, (batch, seqlen, hidden).
+        """
+        outside = self._outside(head=True)
+        self._load(outside)
+        returns_tuple = self._returns_tuple(batch)
+        with self._replaced(lambda i, states, call: (hidden,) if returns_tuple else hidden):
+            logits = self.model(input_ids=batch.to(self.device), use_cache=False).logits
+        self._free(outside)
+        return logits
+
+    def _outside(self, head: bool) -> list[str]:
+        """Names of the stored tensors outside the blocks; without `head`, not the output matrix,
+        unless it is the embedding too."""
+        output = self.model.get_output_embeddings()
+        skip = set() if head or output is None else {id(p) for p in output.parameters()}
+        skip -= {id(p) for p in self.model.get_input_embeddings().parameters()}
+        return [name for name, tensor in skeleton.stored(self.model)
+                if not name.startswith(self._prefixes) and id(tensor) not in skip]  # fmt: skip
+
+    def _load(self, names) -> None:
+        for name in list(names):
+            tensor = self.names.get(name, self._shapes[name])
+            check_finite(name, tensor)
+            skeleton.assign(self.model, name, tensor.to(self.device, self.dtype))
+        self.model.tie_weights()
+
+    def _free(self, names) -> None:
+        for name in list(names):
+            skeleton.assign(self.model, name,
+                            torch.empty(self._shapes[name], dtype=self.dtype, device="meta"))  # fmt: skip
+        self.model.tie_weights()
+
+    def _returns_tuple(self, batch: torch.Tensor) -> bool:
+        """Whether a block returns a tuple, which the code around it then indexes: one real call of
+        block 0, on one row, is the only way to know."""
+        found: list = []
+
+        def first(i: int, states: torch.Tensor, call: dict):
+            found.append((states, call))
+            raise _Recorded
+
+        with self._replaced(first):
+            try:
+                self.model(input_ids=batch[:1, :2].to(self.device), use_cache=False)
+            except _Recorded:
+                pass
+        loaded = next(self.blocks[0][1].parameters()).device.type != "meta"
+        block = self.blocks[0][1] if loaded else self.load_block(0)
+        output = block(found[0][0], **found[0][1])
+        if not loaded:
+            self.free_block(0)
+        return isinstance(output, tuple)
+
+    @contextmanager
+    def _replaced(self, function) -> Iterator[None]:
+        """Every block's forward is `function(i, hidden states, other arguments by name)`."""
+
+        def recorder(i: int, block: nn.Module):
+            signature = inspect.signature(block.forward)
+            first = next(iter(signature.parameters))
+
+            def forward(*args, **kwargs):
+                bound = signature.bind(*args, **kwargs)
+                call = {}
+                for name, value in bound.arguments.items():
+                    extra = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+                    call.update(value if extra else {name: value})
+                return function(i, call.pop(first), call)
+
+            return forward
+
+        for i, (_, block) in enumerate(self.blocks):
+            block.forward = recorder(i, block)
+        try:
+            yield
+        finally:
+            for _, block in self.blocks:
+                del block.forward
+
+
+class _Recorded(Exception):
+    """The recorder of the last block has what it wants."""
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal arguments: tensors by value, containers by member, the rest by identity or equality."""
+    if a is b:
+        return True
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b
