@@ -7,7 +7,7 @@ So there is no code per architecture.
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ class CheckpointModel:
         inputs = model.block_inputs(batches)             # embeddings, masks, positions
         hidden = inputs.hidden
         for i, (prefix, block) in enumerate(model.blocks):
-            model.load_block(i)                          # mapped from the file, NaN refused
+            model.load_block(i)                          # NaN refused
             hidden = [model.forward_block(i, h, kw) for h, kw in zip(hidden, inputs.kwargs[i])]
             writer.write(model.block_tensors(i))
             model.free_block(i)
@@ -78,12 +78,12 @@ class CheckpointModel:
         self._shapes = {name: tensor.shape for name, tensor in skeleton.stored(self.model)}
         self._prefixes = tuple(f"{prefix}." for prefix, _ in self.blocks)
         for name, shape in self._shapes.items():
-            self.names.get(name, shape)  # maps without reading: shape and presence, before any work
+            self.names.check(name, shape)  # before any work
 
     @property
     def unused(self) -> list[str]:
         """Tensors of the checkpoint that the model does not have; they are not carried over."""
-        used = {self.names.find(name) for name in self._shapes}
+        used = {source for name in self._shapes for source in self.names.find(name)}
         return [name for name in self.checkpoint.names() if name not in used]
 
     @cached_property
@@ -92,7 +92,7 @@ class CheckpointModel:
         from transformers import AutoTokenizer
 
         folder = self.checkpoint.path
-        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        if not any(folder.glob("tokenizer*.json")):
             return None
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -103,8 +103,7 @@ class CheckpointModel:
     # --- weights -----------------------------------------------------------------------------
 
     def load_block(self, i: int) -> nn.Module:
-        """Gives block i its weights (mapped from the file, cast where `dtype` differs), checked
-        for NaN and infinity; returns the block."""
+        """Gives block i its weights in `dtype`, checked for NaN and infinity; returns the block."""
         prefix, block = self.blocks[i]
         self._load(name for name, _ in skeleton.stored(block, f"{prefix}."))
         return block
@@ -131,7 +130,7 @@ class CheckpointModel:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in which the checkpoint holds a tensor of the model."""
-        return self.checkpoint.info(self.names.find(name)).dtype
+        return self.checkpoint.info(self.names.find(name)[0]).dtype
 
     def linears(self, i: int) -> dict[str, nn.Module]:
         """Block i's linear layers, nn.Linear and Conv1D, by full module name."""
@@ -177,10 +176,8 @@ class CheckpointModel:
 
         with self._replaced(record):
             for batch in batches:
-                try:
+                with suppress(_Recorded):
                     self.model(input_ids=batch.to(self.device), use_cache=False)
-                except _Recorded:
-                    pass
         self._free(outside)
         return BlockInputs(hidden, kwargs)
 
@@ -219,13 +216,16 @@ class CheckpointModel:
         for name in list(names):
             tensor = self.names.get(name, self._shapes[name])
             check_finite(name, tensor)
-            skeleton.assign(self.model, name, tensor.to(self.device, self.dtype))
+            # A copy in aligned memory: BLAS may round differently for another alignment, and the
+            # place of a tensor in its file must not change a result.
+            tensor = tensor.to(self.device, self.dtype, copy=True)
+            skeleton.assign(self.model, name, tensor)
         self.model.tie_weights()
 
     def _free(self, names) -> None:
         for name in list(names):
-            skeleton.assign(self.model, name,
-                            torch.empty(self._shapes[name], dtype=self.dtype, device="meta"))  # fmt: skip
+            empty = torch.empty(self._shapes[name], dtype=self.dtype, device="meta")
+            skeleton.assign(self.model, name, empty)
         self.model.tie_weights()
 
     def _returns_tuple(self, batch: torch.Tensor) -> bool:
@@ -237,11 +237,8 @@ class CheckpointModel:
             found.append((states, call))
             raise _Recorded
 
-        with self._replaced(first):
-            try:
-                self.model(input_ids=batch[:1, :2].to(self.device), use_cache=False)
-            except _Recorded:
-                pass
+        with self._replaced(first), suppress(_Recorded):
+            self.model(input_ids=batch[:1, :2].to(self.device), use_cache=False)
         loaded = next(self.blocks[0][1].parameters()).device.type != "meta"
         block = self.blocks[0][1] if loaded else self.load_block(0)
         output = block(found[0][0], **found[0][1])

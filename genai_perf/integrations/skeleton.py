@@ -1,5 +1,8 @@
-"""A transformers model without weights for a checkpoint, and the names that lead from one to the other."""
+"""A transformers model without weights for a checkpoint, and which tensors of it go where."""
 
+import copy
+import math
+import re
 from collections.abc import Iterator
 
 import torch
@@ -54,46 +57,84 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 class Names:
-    """From the model's tensor names to the checkpoint's.
+    """From the model's tensor names to the checkpoint's tensors.
 
-    They differ where a checkpoint was saved from the model without its head (`h.0.attn` for
-    `transformer.h.0.attn`) or the other way round, and for tied tensors, which are stored once.
+    They differ where a checkpoint was saved without the head or with older names, where one tensor
+    of the model is stored in parts (experts one by one, which transformers stacks), and for tied
+    tensors, which are stored once. transformers' own table of conversions is applied.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module):
-        self.checkpoint = checkpoint
-        self.prefix = f"{model.base_model_prefix}."
-        # name -> every other name of the same tied parameter
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        self.checkpoint, self.model = checkpoint, model
         by_id: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             by_id.setdefault(id(parameter), []).append(name)
-        self.tied = {name: names for names in by_id.values() if len(names) > 1 for name in names}
+        self._tied = {name: names for names in by_id.values() for name in names}
+        known = model.state_dict()
+        mapping = get_model_conversion_mapping(model)
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        # name in the model -> (names in the checkpoint with the pattern that matched, converter)
+        self._sources: dict[str, tuple[list[tuple[str, str | None]], object]] = {}
+        for source in sorted(checkpoint.names(), key=_natural):
+            name, pattern = rename_source_key(source, renamings, converters,
+                                              model.base_model_prefix, known)  # fmt: skip
+            if source in known and name not in known:
+                name, pattern = source, None
+            sources, _ = self._sources.setdefault(name, ([], by_pattern.get(pattern)))
+            sources.append((source, pattern))
 
-    def find(self, name: str) -> str | None:
-        """The checkpoint's name of a tensor of the model, or None."""
-        for candidate in (name, *self.tied.get(name, ())):
-            for spelling in (candidate, candidate.removeprefix(self.prefix), self.prefix + candidate):
-                if spelling in self.checkpoint:
-                    return spelling
-        return None
+    def find(self, name: str) -> list[str]:
+        """The checkpoint's tensors that make up a tensor of the model; none where it lacks it."""
+        for spelling in (name, *self._tied.get(name, ())):
+            if spelling in self._sources:
+                return [source for source, _ in self._sources[spelling][0]]
+        return []
+
+    def check(self, name: str, shape: torch.Size) -> None:
+        """Raises CheckpointError where the checkpoint lacks `name` or has it in another shape,
+        without reading it."""
+        found, where = self.find(name), self.checkpoint.path
+        if not found:
+            raise CheckpointError(f"{where}: tensor {name!r} of the model is missing")
+        infos = [self.checkpoint.info(source) for source in found]
+        for source, info in zip(found, infos, strict=True):
+            if not info.dtype.is_floating_point:
+                raise CheckpointError(f"{info.file}: tensor {source!r} must be floating point, "
+                                      f"got {info.dtype}")  # fmt: skip
+        if len(found) == 1 and infos[0].shape != tuple(shape):
+            raise CheckpointError(f"{infos[0].file}: tensor {found[0]!r} must have shape "
+                                  f"{list(shape)}, got {list(infos[0].shape)}")  # fmt: skip
+        stored, wanted = sum(math.prod(info.shape) for info in infos), math.prod(shape)
+        if stored != wanted:
+            raise CheckpointError(f"{infos[0].file}: tensors {found[0]!r} ... {found[-1]!r} must "
+                                  f"have {wanted} elements, got {stored}")  # fmt: skip
 
     def get(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """The stored tensor of `name`, mapped, its shape checked against the model's.
+        """The stored tensor of `name`: mapped, or stacked where the checkpoint has it in parts.
 
         Raises:
-            CheckpointError: the checkpoint lacks it or its shape differs.
+            CheckpointError: the checkpoint lacks it, or its shape differs.
         """
-        found = self.find(name)
-        if found is None:
-            raise CheckpointError(f"{self.checkpoint.path}: tensor {name!r} of the model is missing")
-        info = self.checkpoint.info(found)
-        if info.shape != tuple(shape):
-            raise CheckpointError(f"{info.file}: tensor {found!r} must have shape {list(shape)} "
-                                  f"by {CONFIG}, got {list(info.shape)}")  # fmt: skip
-        if not info.dtype.is_floating_point:
-            raise CheckpointError(f"{info.file}: tensor {found!r} must be floating point, "
-                                  f"got {info.dtype}")  # fmt: skip
-        return self.checkpoint.tensor(found)
+        self.check(name, shape)
+        spelling = next(s for s in (name, *self._tied.get(name, ())) if s in self._sources)
+        sources, converter = self._sources[spelling]
+        if converter is None:
+            return self.checkpoint.tensor(sources[0][0])
+        converter = copy.deepcopy(converter)
+        for source, pattern in sources:
+            converter.add_tensor(spelling, source, pattern, self.checkpoint.tensor(source))
+        value = converter.convert(spelling, model=self.model, config=self.model.config)[spelling]
+        return value[0] if isinstance(value, list) else value
+
+
+def _natural(name: str) -> list:
+    """Sort key with numbers as numbers: expert 10 comes after expert 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def stored(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

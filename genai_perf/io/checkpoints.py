@@ -46,8 +46,8 @@ class Checkpoint:
         if not (self.path / SINGLE).exists():
             pickles = sorted(file.name for file in self.path.iterdir() if file.suffix in _PICKLES)
             if pickles:
-                raise CheckpointError(f"{self.path / pickles[0]}: pickle files are refused, because "
-                                      f"loading one runs code: convert it to {SINGLE}")  # fmt: skip
+                raise CheckpointError(f"{self.path / pickles[0]}: pickle files are refused, "
+                                      f"because loading one runs code: convert it")  # fmt: skip
             raise CheckpointError(f"{self.path}: neither {SINGLE} nor {INDEX} is there")
         self._check_inside(SINGLE)
         return read_header(self.path / SINGLE)

@@ -55,12 +55,13 @@ class ShardWriter:
         self.max_shard_size = _bytes(max_shard_size)
         if self.dst.exists() or self.dst.is_symlink():
             raise CheckpointError(f"destination {self.dst} exists: name a folder that does not")
-        if not self.dst.parent.is_dir():
-            raise CheckpointError(f"destination {self.dst}: folder {self.dst.parent} does not exist")
+        parent = self.dst.parent
+        if not parent.is_dir():
+            raise CheckpointError(f"destination {self.dst}: folder {parent} does not exist")
         self._names: set[str] = set()
         self._parts: list[Path] = []
         with _disk(self.dst):
-            self.folder = self.dst.parent / f".{self.dst.name}.{secrets.token_hex(4)}.tmp"
+            self.folder = parent / f".{self.dst.name}.{secrets.token_hex(4)}.tmp"
             self.folder.mkdir()
 
     def __enter__(self) -> "ShardWriter":
@@ -124,8 +125,11 @@ class ShardWriter:
                 for part in parts:
                     part.unlink()
         if len(groups) > 1:
-            total = {"total_size": sum(sizes.values())}
-            self.write_json(INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+            total, weight_map = (
+                {"total_size": sum(sizes.values())},
+                dict(sorted(weight_map.items())),
+            )
+            self.write_json(INDEX, {"metadata": total, "weight_map": weight_map})
 
 
 def carry_over(source: Path, folder: Path) -> list[str]:

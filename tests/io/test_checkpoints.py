@@ -1,4 +1,4 @@
-"""Reading: values against the safetensors library, and every kind of damage named in one sentence."""
+"""Reading: values against the safetensors library; every kind of damage named in one sentence."""
 
 import json
 import os
