@@ -13,3 +13,5 @@ template <class T>
 inline T* as_pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
+
+void bind_attention(py::module_& m);

@@ -1,0 +1,237 @@
+// What the attention kernels share: which keys a query sees, fp32 tiles packed from any dtype, and a
+// register-tiled matrix product on them.
+//
+// Queries are packed as q * scale; a probability is exp2(score * log2(e) - shift), one FMA before the
+// polynomial, where shift is the row's maximum or lse, times log2(e).
+#pragma once
+
+#include "common/simd.h"
+#include "cpu/attention.h"
+
+namespace gp {
+namespace GP_ISA {
+
+// The register tile: MR rows times NV vectors of accumulators, with two vectors and a broadcast to
+// spare in 16 registers (AVX2, 6x16) or 32 (AVX-512, 12x32).
+#if defined(__AVX512F__)
+constexpr int MR = 12, NV = 2;
+#elif defined(__AVX2__)
+constexpr int MR = 6, NV = 2;
+#else
+constexpr int MR = 4, NV = 4;
+#endif
+constexpr int NR = NV * VL;
+// Rows of a packed tile are this many floats longer than the data: 64 bytes, which keeps a column
+// of cache lines from falling into one set of the L1 cache when the row is a power of two long.
+constexpr int64_t ROW_PAD = 16;
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr double LN2 = 0.69314718055994531;
+
+static inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t row_stride(int64_t dim) { return round_up(dim, 16) + ROW_PAD; }
+
+static inline void* at(const Tensor4& t, int64_t b, int64_t s, int64_t h, DType type) {
+  return offset(t.data, b * t.batch + s * t.seq + h * t.head, type);
+}
+
+// Keys lo(i) <= j < hi(i) are seen by query i; both grow with i.
+struct Visible {
+  int64_t offset, left, right, seqlen_k;
+  explicit Visible(const AttentionShape& s)
+      : offset(s.seqlen_k - s.seqlen_q), left(s.window_left), right(s.window_right),
+        seqlen_k(s.seqlen_k) {}
+  int64_t clamp(int64_t j) const { return min64(max64(j, 0), seqlen_k); }
+  int64_t lo(int64_t i) const { return left < 0 ? 0 : clamp(i + offset - left); }
+  int64_t hi(int64_t i) const { return right < 0 ? seqlen_k : clamp(i + offset + right + 1); }
+};
+
+// 2^x, relative error below 2 ulp for x in [-125, 126]; 0 below; NaN stays NaN.
+static inline vf v_exp2(vf x) {
+#if defined(__AVX2__)
+  const vf magic = v_set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf t = v_add(x, magic);
+  const vf n = v_sub(t, magic);
+#else
+  const vf n = v_round(v_max(x, v_set(-126.0f)));
+#endif
+  const vf f = v_sub(x, n);
+  vf p = v_set(1.326465280726552e-3f);  // minimax on [-0.5, 0.5] with 2^0 exact
+  p = v_fma(p, f, v_set(9.671511128544807e-3f));
+  p = v_fma(p, f, v_set(5.550733953714371e-2f));
+  p = v_fma(p, f, v_set(2.4022242426872253e-1f));
+  p = v_fma(p, f, v_set(6.931470036506653e-1f));
+  p = v_fma(p, f, v_set(1.0f));
+#if defined(__AVX512F__)
+  const __mmask16 tiny = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-125.0f), _CMP_LT_OQ);
+  return {_mm512_mask_blend_ps(tiny, _mm512_scalef_ps(p.v, n.v), _mm512_setzero_ps())};
+#elif defined(__AVX2__)
+  const __m256i e = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t.v), 23),
+                                     _mm256_set1_epi32(0x3f800000));
+  const __m256 r = _mm256_mul_ps(p.v, _mm256_castsi256_ps(e));
+  return {_mm256_andnot_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(-125.0f), _CMP_LT_OQ), r)};
+#else
+  if (x.v < -125.0f) return {0.0f};
+  if (x.v != x.v) return x;
+  return v_ldexp(p, n);
+#endif
+}
+
+// --- the matrix product --------------------------------------------------------------------------
+
+// C[M x N*VL] (+)= A[M x depth] B[depth x N*VL]; A is read by rows of stride lda, or, transposed,
+// as A[k * lda + m].
+template <int M, int N, bool TRANSPOSED>
+static inline void micro(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+                         float* c, int64_t ldc, bool add) {
+  vf acc[M][N];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) acc[i][j] = v_zero();
+  for (int64_t k = 0; k < depth; ++k) {
+    vf row[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) row[j] = v_load(b + k * ldb + j * VL);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const vf x = v_set(TRANSPOSED ? a[k * lda + i] : a[i * lda + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) acc[i][j] = v_fma(x, row[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      float* out = c + i * ldc + j * VL;
+      v_store(out, add ? v_add(acc[i][j], v_load(out)) : acc[i][j]);
+    }
+}
+
+// At most MR rows and exactly N vectors of columns.
+template <int N, bool TRANSPOSED>
+static inline void strip(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
+                         int64_t ldb, float* c, int64_t ldc, bool add) {
+#if !defined(__AVX2__)
+  // Without FMA each step rounds twice: sums of sums of 64 win back what that costs.
+  for (; depth > 64; depth -= 64, b += 64 * ldb, a += 64 * (TRANSPOSED ? lda : 1), add = true)
+    strip<N, TRANSPOSED>(rows, 64, a, lda, b, ldb, c, ldc, add);
+#endif
+  if (rows == MR) return micro<MR, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
+  const int64_t step = TRANSPOSED ? 1 : lda;
+  for (; rows >= 4; rows -= 4, a += 4 * step, c += 4 * ldc)
+    micro<4, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
+  for (; rows > 0; --rows, a += step, c += ldc)
+    micro<1, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
+}
+
+// A tile's rows, MR at a time: strip s uses columns [lo[s], hi[s]) only.
+constexpr int MAX_STRIPS = 128;
+struct Bounds {
+  int lo[MAX_STRIPS], hi[MAX_STRIPS];
+};
+
+// C[rows x cols] = A[rows x depth] B, with B in panels of NR columns (then of VL); where a panel lies
+// outside a strip's bounds it is left out.
+static void product_scores(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t lda,
+                           const float* b, float* c, int64_t ldc, const Bounds& bounds) {
+  for (int64_t n = 0; n < cols;) {
+    const bool wide = cols - n >= NR;
+    const int64_t width = wide ? NR : VL;
+    const float* panel = b + n * depth;
+    for (int64_t m = 0, s = 0; m < rows; m += MR, ++s) {
+      if (n >= bounds.hi[s] || n + width <= bounds.lo[s]) continue;
+      const int64_t r = min64(MR, rows - m);
+      if (wide) strip<NV, false>(r, depth, a + m * lda, lda, panel, NR, c + m * ldc + n, ldc, false);
+      else strip<1, false>(r, depth, a + m * lda, lda, panel, VL, c + m * ldc + n, ldc, false);
+    }
+    n += width;
+  }
+}
+
+// C[rows x cols] (+)= A[rows x depth] B with B by rows of stride ldb; strip s takes the depth range
+// of its bounds. Columns are a multiple of VL.
+template <bool TRANSPOSED>
+static void product_sum(int64_t rows, int64_t cols, const float* a, int64_t lda, const float* b,
+                        int64_t ldb, float* c, int64_t ldc, const Bounds& bounds, bool add) {
+  for (int64_t n = 0; n < cols;) {
+    const bool wide = cols - n >= NR;
+    for (int64_t m = 0, s = 0; m < rows; m += MR, ++s) {
+      const int64_t k = bounds.lo[s], depth = max64(bounds.hi[s] - k, 0);
+      if (depth == 0 && add) continue;
+      const int64_t r = min64(MR, rows - m);
+      const float* x = TRANSPOSED ? a + k * lda + m : a + m * lda + k;
+      const float* y = b + k * ldb + n;
+      if (wide) strip<NV, TRANSPOSED>(r, depth, x, lda, y, ldb, c + m * ldc + n, ldc, add);
+      else strip<1, TRANSPOSED>(r, depth, x, lda, y, ldb, c + m * ldc + n, ldc, add);
+    }
+    n += wide ? NR : VL;
+  }
+}
+
+// --- packing -------------------------------------------------------------------------------------
+
+static inline void scale_row(float* x, int64_t n, float factor) {
+  const vf f = v_set(factor);
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) v_store(x + i, v_mul(v_load(x + i), f));
+  for (; i < n; ++i) x[i] *= factor;
+}
+
+static inline void fill(float* x, int64_t n, float value) {
+  for (int64_t i = 0; i < n; ++i) x[i] = value;
+}
+
+// Rows of a tensor as fp32 times `factor`, zero up to `padded` columns; rows `rows..padded_rows` are 0.
+static void pack_rows(float* dst, int64_t ld, int64_t padded, const void* src, int64_t stride,
+                      int64_t rows, int64_t dim, DType type, float factor) {
+  for (int64_t r = 0; r < rows; ++r, dst += ld) {
+    load_row(dst, offset(src, r * stride, type), dim, type);
+    if (factor != 1.0f) scale_row(dst, dim, factor);
+    fill(dst + dim, padded - dim, 0.0f);
+  }
+}
+
+// The transpose of `rows` rows, in the panels that product_scores reads; columns past `rows`, up to
+// `padded`, are 0. `line` holds dim floats.
+static void pack_transposed(float* dst, int64_t padded, const void* src, int64_t stride,
+                            int64_t rows, int64_t dim, DType type, float* line) {
+  for (int64_t n = 0; n < padded;) {
+    const int64_t width = padded - n >= NR ? NR : VL;
+    float* panel = dst + n * dim;
+    for (int64_t j = 0; j < width; ++j) {
+      if (n + j < rows) {
+        load_row(line, offset(src, (n + j) * stride, type), dim, type);
+        for (int64_t k = 0; k < dim; ++k) panel[k * width + j] = line[k];
+      } else {
+        for (int64_t k = 0; k < dim; ++k) panel[k * width + j] = 0.0f;
+      }
+    }
+    n += width;
+  }
+}
+
+// Bounds of the strips of query rows q0.. within the block of keys k0..k0+cols; `any` says whether
+// the block has a visible key, `whole` whether all of it is visible to all rows.
+struct BlockView {
+  bool any = false, whole = true;
+};
+static BlockView row_bounds(Bounds& bounds, const Visible& visible, int64_t q0, int64_t rows,
+                            int64_t k0, int64_t cols) {
+  BlockView view;
+  for (int64_t m = 0, s = 0; m < rows; m += MR, ++s) {
+    const int64_t last = min64(m + MR, rows) - 1;
+    const int64_t lo = min64(max64(visible.lo(q0 + m) - k0, 0), cols);
+    const int64_t hi = min64(max64(visible.hi(q0 + last) - k0, 0), cols);
+    bounds.lo[s] = int(lo);
+    bounds.hi[s] = int(hi);
+    view.any |= lo < hi;
+    view.whole &= visible.lo(q0 + last) <= k0 && visible.hi(q0 + m) >= k0 + cols;
+  }
+  return view;
+}
+
+}  // namespace GP_ISA
+}  // namespace gp
