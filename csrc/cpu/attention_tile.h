@@ -21,6 +21,7 @@ constexpr int MR = 6, NV = 2;
 constexpr int MR = 4, NV = 4;
 #endif
 constexpr int NR = NV * VL;
+constexpr int64_t CHUNK = 64;
 // Rows of a packed tile are this many floats longer than the data: 64 bytes, which keeps a column
 // of cache lines from falling into one set of the L1 cache when the row is a power of two long.
 constexpr int64_t ROW_PAD = 16;
@@ -114,11 +115,11 @@ static inline void micro(int64_t depth, const float* a, int64_t lda, const float
 template <int N, bool TRANSPOSED>
 static inline void strip(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
                          int64_t ldb, float* c, int64_t ldc, bool add) {
-#if !defined(__AVX2__)
-  // Without FMA each step rounds twice: sums of sums of 64 win back what that costs.
-  for (; depth > 64; depth -= 64, b += 64 * ldb, a += 64 * (TRANSPOSED ? lda : 1), add = true)
-    strip<N, TRANSPOSED>(rows, 64, a, lda, b, ldb, c, ldc, add);
-#endif
+  // Sums of sums of CHUNK lose less to rounding than one long chain.
+  for (; depth > CHUNK; depth -= CHUNK, b += CHUNK * ldb, add = true) {
+    strip<N, TRANSPOSED>(rows, CHUNK, a, lda, b, ldb, c, ldc, add);
+    a += CHUNK * (TRANSPOSED ? lda : 1);
+  }
   if (rows == MR) return micro<MR, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
   const int64_t step = TRANSPOSED ? 1 : lda;
   for (; rows >= 4; rows -= 4, a += 4 * step, c += 4 * ldc)
