@@ -1,0 +1,103 @@
+"""SparseGPT: one-shot pruning that updates the weights it keeps."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .._checks import check_choice, check_ndim, check_tensor, fail
+from .._errors import CalibrationError
+from . import masks, refinement
+from .hessian import damp, inverse_factor, relative_error
+from .sweep import Grid, sweep
+
+
+@dataclass(frozen=True)
+class SparseResult:
+    """What a pruner returns.
+
+    Attributes:
+        weight: (out_features, in_features), updated, zero where pruned, dtype of the input weight.
+        mask: the same shape, bool, True where a weight is kept.
+        error: || (W - weight) X ||^2 / || W X ||^2 over the calibration inputs.
+    """
+
+    weight: torch.Tensor
+    mask: torch.Tensor
+    error: float
+
+
+def check_weight(op: str, weight: torch.Tensor, hessian: torch.Tensor) -> None:
+    check_tensor(op, weight=weight, hessian=hessian)
+    check_ndim(op, 2, "(out_features, in_features)", weight=weight)
+    if hessian.shape != (weight.shape[1],) * 2:
+        columns = weight.shape[1]
+        fail(op, "hessian", f"({columns}, {columns}), the weight's in_features",
+             f"shape {tuple(hessian.shape)}")  # fmt: skip
+    if not torch.isfinite(weight).all():
+        row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+        fail(op, "weight", "finite", f"{weight[row, column].item()} at ({row}, {column})")
+
+
+def solve(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    *,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    refine: str | None = None,
+    damp_frac: float = 0.01,
+    block_size: int = 128,
+    quantizer: Grid | None = None,
+    name: str = "sparsegpt.solve",
+) -> SparseResult:
+    """Prunes one layer, moving what is lost into the weights that stay.
+
+    Sweeps over the inputs with U^T U = H^-1: a pruned weight w_j costs w_j^2 / U[j, j]^2 and its
+    error w_j / U[j, j] is subtracted, times row j of U, from the weights to its right. Weights that
+    are zero already stay zero and count; dead inputs (zero in all calibration) are pruned.
+
+    Args:
+        weight: (out_features, in_features), any float dtype; not changed.
+        hessian: (in_features, in_features), sum of x x^T over calibration inputs, at any scale.
+            The maths runs in its dtype, at least fp32.
+        sparsity: fraction of zeros in every block of block_size columns, over all rows together:
+            exactly round(rows * columns * sparsity).
+        pattern: instead, "n:m" is exactly n zeros in every m consecutive inputs of each row; a last
+            group of r < m has floor(n * r / m).
+        refine: "cg" re-solves the kept weights on the mask found, near to exact least squares.
+        damp_frac: added to H's diagonal, as a fraction of its mean.
+        block_size: columns pruned together; rounded down to a multiple of m.
+        quantizer: a grid such as `grid.IntGrid`, fitted to the dense weights; what is kept is rounded
+            to it in the same sweep, which compensates both.
+        name: the layer, for messages.
+
+    Raises:
+        CalibrationError: the Hessian is empty or singular; names the layer and the damping.
+        ValueError: a wrong shape, a weight that is NaN or infinite, a fraction outside [0, 1).
+
+    Source: Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned
+    in One-Shot", algorithm 1 and section 3.
+    """
+    wanted = masks.parse(name, sparsity, pattern)
+    check_weight(name, weight, hessian)
+    check_choice(name, "refine", refine, (None, "cg"))
+    if refine and quantizer:
+        raise ValueError(f"{name}: refine and quantizer exclude each other: "
+                         "refined weights would leave the grid")  # fmt: skip
+    if block_size < max(1, wanted.group):
+        fail(name, "block_size", f"at least {max(1, wanted.group)}", block_size)
+    block_size -= block_size % (wanted.group or 1)
+    damped = damp(hessian, damp_frac, name=name)
+    upper = inverse_factor(damped.hessian, damp_frac=damp_frac, name=name)
+    dense = weight.detach().to(upper.dtype).masked_fill(damped.dead, 0)
+    if quantizer:
+        quantizer.fit(dense, upper.diagonal() ** -2)
+    new, pruned = sweep(dense, upper, block_size=block_size, sparsity=wanted, zero=dense == 0,
+                        grid=quantizer)  # fmt: skip
+    if refine:
+        new = refinement.solve(dense, ~pruned, damped.hessian, start=new)
+    new = new.to(weight.dtype)
+    if not torch.isfinite(new).all():
+        raise CalibrationError(f"{name}: the update left the range of {weight.dtype}; "
+                               f"raise damp_frac, now {damp_frac}")  # fmt: skip
+    return SparseResult(new, ~pruned, relative_error(weight, new, hessian))
