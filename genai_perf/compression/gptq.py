@@ -1,4 +1,4 @@
-"""GPTQ: rounding to an integer grid, each column's error compensated in the columns to its right."""
+"""GPTQ: rounding to an integer grid, each column's error made good in the columns to its right."""
 
 from dataclasses import dataclass
 
@@ -77,14 +77,15 @@ def solve(
         damp_frac: added to H's diagonal, as a fraction of its mean.
         block_size: columns between two full updates of the weights.
         scale_dtype: what scales are stored in (fp32 if None).
-        mask: (out_features, in_features) bool, False where a weight is pruned and stays 0.
+        mask: (out_features, in_features) bool, False where a weight is pruned: it becomes 0, and
+            that error is compensated with the others.
         name: the layer, for messages.
 
     Dead inputs (zero in all calibration) cost nothing and are rounded as they are.
 
     Raises:
         CalibrationError: the Hessian is empty or singular; names the layer and the damping.
-        ValueError: a wrong shape, a weight that is NaN or infinite, settings that exclude each other.
+        ValueError: a wrong shape, a weight that is NaN or infinite, settings that clash.
 
     Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative
     Pre-trained Transformers", section 3.3.
@@ -97,7 +98,12 @@ def solve(
     if refit and act_order:
         raise ValueError(f"{name}: act_order needs scales='static', got 'sweep'")
     if refit and not 0 < group_size <= block_size:
-        fail(name, "group_size", f"from 1 to block_size ({block_size}) with scales='sweep'", group_size)
+        fail(
+            name,
+            "group_size",
+            f"from 1 to block_size ({block_size}) with scales='sweep'",
+            group_size,
+        )
     if refit:
         block_size -= block_size % group_size
     grid = IntGrid(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype,
@@ -109,7 +115,6 @@ def solve(
         if mask.shape != weight.shape:
             fail(name, "mask", f"of the weight's shape {tuple(weight.shape)}", tuple(mask.shape))
         zero = ~mask
-        dense = dense.masked_fill(zero, 0)
     if act_order:
         order = damped.diagonal().argsort(descending=True, stable=True)
         back = order.argsort()

@@ -33,10 +33,10 @@ class IntGrid:
         refit: bool = False,
     ):
         check_choice("IntGrid", "bits", bits, (4, 8))
-        if group_size != -1 and group_size < 1:
-            fail("IntGrid", "group_size", "positive, or -1 for the whole row", group_size)
         if bits == 8 and (group_size != -1 or not symmetric):
-            fail("IntGrid", "group_size, symmetric", "-1, True at 8 bits", f"{group_size}, {symmetric}")
+            got = f"{group_size}, {symmetric}"
+            fail("IntGrid", "group_size, symmetric", "-1, True at 8 bits", got)
+        int4.INT4.spec(group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self.search, self._refits, self.refit = search, refit, 1
         self._low = -(1 << bits - 1) + (bits == 8)  # int8 leaves -128 out
@@ -83,7 +83,7 @@ class IntGrid:
             self._scale[group] = torch.where(better, scale, self._scale[group])
             self._zero[group] = torch.where(better, zero, self._zero[group])
 
-    def _candidate(self, high: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _candidate(self, high, low) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and signed zero point that cover low..high, a range that holds 0."""
         spread = 2 * torch.maximum(high, -low) if self.symmetric else high - low
         scale = int4.round_scale(spread / self._steps, self._scale_dtype).to(high.dtype)
@@ -91,10 +91,12 @@ class IntGrid:
             return scale, torch.zeros_like(scale)
         return scale, (self._low - low / scale).clamp_(self._low, self._high).round_()
 
-    def _nearest(self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    def _nearest(
+        self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> torch.Tensor:
         return self._codes(values, scale, zero).sub_(zero).mul_(scale)
 
-    def _codes(self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    def _codes(self, values, scale, zero) -> torch.Tensor:
         return (values / scale).round_().add_(zero).clamp_(self._low, self._high)
 
     def enter(self, column: int, upcoming: torch.Tensor) -> None:
@@ -111,14 +113,14 @@ class IntGrid:
         Args:
             dtype: what the packed tensor dequantizes to by default.
         """
-        shape = weight.shape
-        spread = [t.T.repeat_interleave(self.width, 1)[:, : shape[1]] for t in (self._scale, self._zero)]
-        codes = self._codes(weight, *spread)
-        scale = self._scale.T.contiguous().to(self._scale_dtype)
+        columns = weight.shape[1]
+        per_weight = (t.T.repeat_interleave(self.width, 1) for t in (self._scale, self._zero))
+        codes = self._codes(weight, *(t[:, :columns] for t in per_weight))
+        parts = {"scale": self._scale.T.contiguous().to(self._scale_dtype)}
         if self.bits == 8:
-            return QuantizedTensor(format="int8", shape=shape, dtype=dtype, qdata=codes.to(torch.int8),
-                                   scale=scale, zero_point=None, group_size=-1)  # fmt: skip
-        unsigned = (codes - self._low).to(torch.uint8)
-        zero_point = None if self.symmetric else (self._zero.T - self._low).to(torch.uint8).contiguous()
-        return QuantizedTensor(format="int4", shape=shape, dtype=dtype, qdata=int4.pack(unsigned),
-                               scale=scale, zero_point=zero_point, group_size=self.group_size)  # fmt: skip
+            return QuantizedTensor("int8", weight.shape, dtype, codes.to(torch.int8), **parts)
+        if not self.symmetric:
+            parts["zero_point"] = (self._zero.T - self._low).to(torch.uint8).contiguous()
+        qdata = int4.pack((codes - self._low).to(torch.uint8))
+        parts["group_size"] = self.group_size
+        return QuantizedTensor("int4", weight.shape, dtype, qdata, **parts)

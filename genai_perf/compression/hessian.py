@@ -1,4 +1,4 @@
-"""The second moment of a linear layer's inputs, and the factor of its inverse that solvers sweep with."""
+"""The second moment of a linear layer's inputs, and the factor of its inverse for the solvers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ class Hessian:
         self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
 
     def add(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> None:
-        """Adds the tokens of x, (..., columns), where `keep`, (...) bool, is true (everywhere if None)."""
+        """Adds the tokens of x, (..., columns); with `keep`, (...) bool, those where it is true."""
         if x.shape[-1] != self._sum.shape[0]:
             fail("Hessian.add", "x", f"(..., {self._sum.shape[0]})", f"shape {tuple(x.shape)}")
         rows = x.detach().reshape(-1, x.shape[-1])
@@ -105,34 +105,41 @@ def inverse_factor(damped: torch.Tensor, *, damp_frac: float, name: str = "layer
 
     U[j, j]^2 is the variance of weight j given the weights before it, which are already frozen when
     a sweep arrives at column j. Reversing rows and columns turns the factor of the inverse into
-    the inverse of a factor: one Cholesky and one triangular inverse, in float64 because damping
-    is 1e-6 of the largest diagonal entry where a model has a few huge input channels.
+    the inverse of a factor: one Cholesky and one triangular inverse. Where a model has a few huge
+    input channels, damping is 1e-6 of the largest diagonal entry; what fp32 cannot resolve then is
+    factored in float64.
 
     Raises:
-        CalibrationError: H is singular to working precision; names the layer and the damping.
+        CalibrationError: H is singular to its own precision; names the layer and the damping.
     """
-    flipped = damped.double().flip(0, 1)
-    lower, info = torch.linalg.cholesky_ex(flipped)
-    smallest = torch.finfo(damped.dtype).eps * 8
-    pivots = lower.diagonal() ** 2 / flipped.diagonal()
-    if int(info) != 0 or not bool((pivots > smallest).all()):
-        raise CalibrationError(
-            f"{name}: its Hessian is singular (fewer calibration tokens than inputs, or inputs that "
-            f"repeat each other); raise damp_frac, now {damp_frac}, or calibrate on more text"
-        )
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1).to(damped.dtype)
+    smallest = 8 * torch.finfo(damped.dtype).eps
+    for dtype in (damped.dtype, torch.float64):
+        lower, info = torch.linalg.cholesky_ex(damped.to(dtype).flip(0, 1))
+        # The part of each diagonal entry that the others do not explain.
+        pivots = lower.diagonal().flip(0) ** 2 / damped.diagonal()
+        if int(info) == 0 and bool((pivots > smallest).all()):
+            identity = torch.eye(len(lower), dtype=dtype, device=lower.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return inverse.flip(0, 1).to(damped.dtype)
+    raise CalibrationError(
+        f"{name}: its Hessian is singular (fewer calibration tokens than inputs, or inputs that "
+        f"repeat each other); raise damp_frac, now {damp_frac}, or calibrate on more text"
+    )
 
 
-def relative_error(before: torch.Tensor, after: torch.Tensor, hessian: torch.Tensor) -> float:
-    """|| (before - after) X ||^2 / || before X ||^2 over the calibration inputs X that H sums up."""
+def relative_error(
+    before: torch.Tensor, after: torch.Tensor, hessian: torch.Tensor | None
+) -> float:
+    """|| (before - after) X ||^2 / || before X ||^2 over the inputs X that a Hessian sums up; with
+    no Hessian, || before - after ||^2 / || before ||^2."""
+    dtype = torch.float32 if hessian is None else hessian.dtype
 
     def energy(rows: torch.Tensor) -> float:
-        parts = rows.to(hessian).split(1024)  # the product is as large as its rows
-        return sum(float(((p @ hessian) * p).sum(dtype=torch.float64)) for p in parts)
+        parts = rows.split(1024)  # the product is as large as its rows
+        products = (((p if hessian is None else p @ hessian) * p) for p in parts)
+        return sum(float(p.sum(dtype=torch.float64)) for p in products)
 
     with full_precision():
-        total = energy(before)
-        lost = energy(before.to(hessian.dtype) - after.to(hessian.dtype))
+        total = energy(before.to(dtype))
+        lost = energy(before.to(dtype) - after.to(dtype))
     return lost / total if total > 0 else 0.0

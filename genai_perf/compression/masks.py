@@ -12,7 +12,7 @@ from .._checks import fail
 
 
 def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """True at exactly `count` smallest scores of each row of (rows, n); equal scores go by index."""
+    """True at the `count` smallest scores of each row of (rows, n); equal scores go by index."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(count, dim=1, keepdim=True).values

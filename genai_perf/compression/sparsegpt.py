@@ -26,10 +26,10 @@ class SparseResult:
     error: float
 
 
-def check_weight(op: str, weight: torch.Tensor, hessian: torch.Tensor) -> None:
-    check_tensor(op, weight=weight, hessian=hessian)
+def check_weight(op: str, weight: torch.Tensor, hessian: torch.Tensor | None) -> None:
+    check_tensor(op, weight=weight)
     check_ndim(op, 2, "(out_features, in_features)", weight=weight)
-    if hessian.shape != (weight.shape[1],) * 2:
+    if hessian is not None and hessian.shape != (weight.shape[1],) * 2:
         columns = weight.shape[1]
         fail(op, "hessian", f"({columns}, {columns}), the weight's in_features",
              f"shape {tuple(hessian.shape)}")  # fmt: skip
@@ -67,8 +67,8 @@ def solve(
         refine: "cg" re-solves the kept weights on the mask found, near to exact least squares.
         damp_frac: added to H's diagonal, as a fraction of its mean.
         block_size: columns pruned together; rounded down to a multiple of m.
-        quantizer: a grid such as `grid.IntGrid`, fitted to the dense weights; what is kept is rounded
-            to it in the same sweep, which compensates both.
+        quantizer: a grid such as `grid.IntGrid`, fitted to the dense weights; what is kept is
+            rounded to it in the same sweep, which compensates both.
         name: the layer, for messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The column sweep that SparseGPT and GPTQ share: change one input column, compensate in the rest."""
+"""The sweep that SparseGPT and GPTQ share: change one input column, compensate in the rest."""
 
 import math
 from typing import Protocol
@@ -27,7 +27,7 @@ class Grid(Protocol):
     refit: int
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
-        """weight: (rows, columns) before the sweep; importance: (columns,) cost of squared errors."""
+        """weight: (rows, columns), dense; importance: (columns,), what a squared error costs."""
 
     def enter(self, column: int, upcoming: torch.Tensor) -> None:
         """Called before each column; upcoming: (block columns left, rows), this column first."""

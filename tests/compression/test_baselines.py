@@ -1,0 +1,126 @@
+"""Hessian accumulation and the baselines: magnitude, Wanda, RTN."""
+
+import numpy as np
+import pytest
+import torch
+from layers import layer
+
+from genai_perf import CalibrationError, formats
+from genai_perf.compression import magnitude, rtn, wanda
+from genai_perf.compression.hessian import Hessian, damp, inverse_factor, relative_error
+
+
+def test_hessian_is_the_mean_second_moment():
+    x = torch.randn(3, 50, 12)
+    hessian = Hessian(12)
+    for part in x.bfloat16().split(1):
+        hessian.add(part)
+    rows = x.bfloat16().double().reshape(-1, 12)
+    assert hessian.tokens == 150
+    torch.testing.assert_close(
+        hessian.matrix().double(), 2 * rows.T @ rows / 150, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_padding_stays_out():
+    x, keep = torch.randn(2, 6, 4), torch.tensor([[1] * 6, [1] * 2 + [0] * 4], dtype=torch.bool)
+    padded, short = Hessian(4), Hessian(4)
+    x[~keep] = torch.nan
+    padded.add(x, keep)
+    short.add(x[0])
+    short.add(x[1, :2])
+    assert padded.tokens == 8
+    torch.testing.assert_close(padded.matrix(), short.matrix())
+
+
+def test_hessian_errors():
+    hessian = Hessian(4, name="blocks.0.fc")
+    with pytest.raises(CalibrationError, match="blocks.0.fc: no calibration token"):
+        hessian.matrix()
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 4\)"):
+        hessian.add(torch.ones(2, 5))
+    hessian.add(torch.full((2, 4), torch.inf))
+    with pytest.raises(CalibrationError, match="blocks.0.fc.*NaN or infinity"):
+        hessian.matrix()
+
+
+def test_accumulation_ignores_a_lowered_matmul_precision():
+    x = torch.randn(256, 64)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        hessian = Hessian(64)
+        hessian.add(x)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(hessian.matrix().double(), 2 * x.double().T @ x.double() / 256,
+                               rtol=1e-5, atol=1e-5)  # fmt: skip
+
+
+def test_factor_squares_to_the_inverse():
+    hessian = damp(layer(columns=96)[1].double(), 0.01).hessian
+    upper = inverse_factor(hessian, damp_frac=0.01)
+    assert torch.equal(upper, upper.triu()) and (upper.diagonal() > 0).all()
+    torch.testing.assert_close(upper.T @ upper @ hessian, torch.eye(96, dtype=torch.float64))
+
+
+def test_relative_error_of_outputs():
+    weight, x = torch.randn(8, 16), torch.randn(16, 500)
+    hessian = Hessian(16)
+    hessian.add(x.T)
+    want = (0.1 * weight[:4] @ x).square().sum() / (weight @ x).square().sum()
+    after = torch.cat([weight[:4] * 0.9, weight[4:]])
+    assert relative_error(weight, after, hessian.matrix()) == pytest.approx(float(want), rel=1e-4)
+    assert relative_error(weight * 0, weight * 0, hessian.matrix()) == 0
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.3, 0.5, 0.99])
+def test_magnitude_prunes_the_smallest_of_the_layer(sparsity):
+    weight, hessian = layer(rows=9, columns=75)
+    result = magnitude.solve(weight, hessian, sparsity=sparsity)
+    count = round(weight.numel() * sparsity)
+    pruned = np.argsort(weight.abs().numpy().reshape(-1), kind="stable")[:count]
+    want = weight.clone().reshape(-1)
+    want[pruned] = 0
+    assert torch.equal(result.weight.reshape(-1), want)
+    assert (~result.mask).sum() == count
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.3, 0.5, 0.99])
+def test_wanda_prunes_the_least_weight_times_norm_of_each_row(sparsity):
+    weight, hessian = layer(rows=9, columns=75)
+    result = wanda.solve(weight, hessian, sparsity=sparsity)
+    scores = weight.abs().numpy() * np.sqrt(hessian.diagonal().numpy())
+    for row, kept in zip(scores, result.mask.numpy(), strict=True):
+        assert set(np.flatnonzero(~kept)) == set(
+            np.argsort(row, kind="stable")[: round(75 * sparsity)]
+        )
+    assert torch.equal(result.weight, weight * result.mask)
+
+
+@pytest.mark.parametrize("solve", [magnitude.solve, wanda.solve])
+@pytest.mark.parametrize("columns", [64, 70])
+def test_patterns(solve, columns):
+    weight, hessian = layer(rows=5, columns=columns)
+    mask = solve(weight, hessian, pattern="2:4").mask
+    for part in mask.split(4, dim=1):
+        assert ((~part).sum(1) == part.shape[1] // 2).all()
+
+
+@pytest.mark.parametrize("solve", [magnitude.solve, wanda.solve])
+def test_zeros_stay_and_count(solve):
+    weight, hessian = layer(rows=4, columns=32)
+    once = solve(weight, hessian, sparsity=0.25)
+    twice = solve(once.weight, hessian, sparsity=0.5)
+    assert not (twice.mask & ~once.mask).any() and (~twice.mask).sum() == 64
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_rtn_is_the_format_and_keeps_zeros(name):
+    weight, hessian = layer(columns=172)
+    weight[:, ::2] = 0
+    result = rtn.solve(weight, hessian, format=name)
+    assert torch.equal(result.weight, formats.get(name).quantize(weight).dequantize())
+    assert not result.weight[:, ::2].any()
+    assert 0 < result.error < 0.05

@@ -1,0 +1,127 @@
+import numpy as np
+import oracles
+import pytest
+import torch
+from layers import layer
+
+from genai_perf import formats
+from genai_perf.compression import gptq, rtn
+from genai_perf.compression.grid import IntGrid
+
+PLAIN = {"search": False}
+
+
+@pytest.mark.parametrize("columns, group_size", [(320, 64), (172, 64), (256, 128), (100, 40)])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scales", ["static", "sweep"])
+def test_equals_the_paper(columns, group_size, symmetric, scales):
+    weight, hessian = layer(columns=columns)
+    weight, hessian = weight.double(), hessian.double()
+    want = oracles.gptq(weight.numpy(), hessian.numpy(), group_size=group_size,
+                        fit=oracles.minmax(symmetric), at_group=scales == "sweep")  # fmt: skip
+    result = gptq.solve(weight, hessian, group_size=group_size, symmetric=symmetric, scales=scales,
+                        search=False)  # fmt: skip
+    # A value within rounding of the middle of two grid points may go either way, and then all after
+    # it in its row differ: rows that agree must agree closely, and nearly all must.
+    close = np.abs(result.weight.numpy() - want).max(1) < 1e-5
+    assert close.mean() > 0.95
+    ratio = result.error / oracles.error(weight, want, hessian)
+    assert abs(ratio - 1) < 1e-3
+
+
+def test_act_order_equals_the_paper():
+    weight, hessian = layer(columns=256)
+    order = np.argsort(-hessian.diagonal().numpy(), kind="stable")
+    want = oracles.gptq(weight.numpy(), hessian.numpy(), group_size=128,
+                        fit=oracles.minmax(True), order=order)  # fmt: skip
+    result = gptq.solve(weight, hessian, act_order=True, **PLAIN)
+    ratio = result.error / oracles.error(weight, want, hessian)
+    assert abs(ratio - 1) < 1e-3
+    assert not torch.equal(result.weight, gptq.solve(weight, hessian, **PLAIN).weight)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"symmetric": False}, {"scales": "sweep"}, {"act_order": True}, {"group_size": -1},
+    {"group_size": 48}, {"scale_dtype": torch.float16},
+    {"scale_dtype": torch.bfloat16, "symmetric": False},
+    {"bits": 8, "group_size": -1},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_packed_codes_stand_for_the_solution(options, dtype):
+    weight, hessian = layer(columns=172)
+    result = gptq.solve(weight.to(dtype), hessian, **options)
+    result.qweight.check()
+    assert result.weight.dtype == dtype
+    assert torch.equal(result.qweight.dequantize(), result.weight)
+    again = formats.QuantizedTensor.from_state_dict(result.qweight.state_dict())
+    assert torch.equal(again.dequantize(), result.weight)
+    tolerance = 1e-4 if dtype is torch.float32 else 2e-2  # fp16 rounds the dequantized values
+    assert result.error == pytest.approx(
+        oracles.error(weight.to(dtype), result.weight, hessian), rel=tolerance
+    )
+    plain = {k: v for k, v in options.items() if k in ("symmetric", "group_size", "scale_dtype")}
+    name = "int8" if options.get("bits") == 8 else "int4"
+    plain = plain if name == "int4" else {}
+    rounded = rtn.solve(weight.to(dtype), hessian, format=name, **plain)
+    assert result.error < 0.8 * rounded.error
+
+
+def test_search_finds_the_cheapest_scale():
+    weight = layer(rows=6, columns=32)[0]
+    importance = torch.rand(32) + 0.1
+    grid = IntGrid(group_size=32)
+    grid.fit(weight, importance)
+    cost = sum(
+        float(((grid.round(c, j) - c) ** 2).sum() * importance[j]) for j, c in enumerate(weight.T)
+    )
+    covering = weight.abs().amax(1, keepdim=True) / 7.5
+    best = torch.full((6,), torch.inf)
+    for shrink in torch.arange(33) * -0.0125 + 1:
+        scale = covering * shrink
+        points = (weight / scale).round().clamp(-8, 7) * scale
+        best = best.minimum(((points - weight) ** 2 * importance).sum(1))
+    assert cost == pytest.approx(float(best.sum()), rel=1e-5)
+
+
+def test_better_settings_are_better():
+    weight, hessian = layer()
+    plain = gptq.solve(weight, hessian, **PLAIN).error
+    assert plain < 0.8 * rtn.solve(weight, hessian, format="int4").error
+    assert gptq.solve(weight, hessian).error < plain
+    assert gptq.solve(weight, hessian, group_size=32).error < gptq.solve(weight, hessian).error
+    assert gptq.solve(weight, hessian, bits=8, group_size=-1).error < 0.05 * plain
+
+
+def test_a_mask_is_kept():
+    weight, hessian = layer(columns=256)
+    mask = torch.rand(weight.shape) > 0.5
+    for options in ({}, {"act_order": True}):
+        result = gptq.solve(weight, hessian, mask=mask, **options)
+        assert not result.weight[~mask].any()
+        uncompensated = gptq.solve(weight * mask, hessian, **options).weight
+        assert result.error < 0.8 * oracles.error(weight, uncompensated, hessian)
+
+
+def test_dead_inputs_are_rounded_as_they_are():
+    weight, hessian = layer(columns=64)
+    hessian[5], hessian[:, 5] = 0, 0
+    result = gptq.solve(weight, hessian, **PLAIN)
+    scale = weight.abs().amax(1) / 7.5
+    assert torch.allclose(result.weight[:, 5], (weight[:, 5] / scale).round().clamp(-8, 7) * scale)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"bits": 3}, "bits must be one of 4, 8, got 3"),
+    ({"bits": 8}, "group_size, symmetric must be -1, True at 8 bits"),
+    ({"group_size": 0}, "group_size must be -1"),
+    ({"group_size": 12}, "multiple of 8"),
+    ({"scales": "dynamic"}, "scales must be one of"),
+    ({"scales": "sweep", "act_order": True}, "act_order needs"),
+    ({"scales": "sweep", "group_size": 256}, "group_size must be from 1 to block_size"),
+    ({"block_size": 0}, "block_size must be positive"),
+    ({"mask": torch.ones(2, 2, dtype=torch.bool)}, "mask must be of the weight's shape"),
+])  # fmt: skip
+def test_bad_arguments(arguments, words):
+    weight, hessian = layer(rows=4, columns=16)
+    with pytest.raises(ValueError, match=words):
+        gptq.solve(weight, hessian, **arguments)
