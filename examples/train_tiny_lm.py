@@ -69,7 +69,13 @@ def tokenizer_for(folder: Path, texts: list[str], config: Config) -> Tokenizer:
 def main() -> int:
     args = arguments()
     config = Config(layers=args.layers)
-    settings = Settings(steps=args.steps, batch=args.batch, seqlen=args.seqlen, seed=args.seed)
+    settings = Settings(
+        steps=args.steps,
+        batch=args.batch,
+        seqlen=args.seqlen,
+        long_seqlen=max(args.seqlen, min(2 * args.seqlen, config.max_positions)),
+        seed=args.seed,
+    )
     folder = args.out / "model"
 
     texts = [text for _, text in stdlib_text("train")]

@@ -76,7 +76,7 @@ def record(
         "unigram_entropy": round(entropy, 4),
         "unigram_bits_per_byte": round(entropy * per_byte, 4),
         "parameters": sum(p.numel() for p in run.model.parameters()),
-        "tokens_seen": run.step * settings.batch * settings.seqlen,
+        "tokens_seen": run.tokens,
         "training_tokens": sum(map(len, train)),
         "heldout_tokens": tokens,
         "heldout_bytes": held_out_bytes,

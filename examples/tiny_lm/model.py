@@ -16,7 +16,7 @@ import genai_perf as gp
 class Config:
     vocab_size: int = 4096
     hidden: int = 256
-    layers: int = 6
+    layers: int = 4
     nheads: int = 4
     nheads_k: int = 2
     headdim: int = 64

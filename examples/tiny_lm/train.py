@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,13 +16,18 @@ from .corpus import batches
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 2000
-    batch: int = 8
+    """The recipe. From step `long_from * steps` on, sequences are `long_seqlen` tokens, of which a
+    step takes fewer: long sequences cost more, and a short end is enough to learn them."""
+
+    steps: int = 2400
+    batch: int = 6
     seqlen: int = 512
-    lr_matrix: float = 0.01
-    lr_embed: float = 0.003
+    long_seqlen: int = 1024
+    long_from: float = 0.8
+    lr_matrix: float = 0.004
+    lr_embed: float = 0.005
     weight_decay: float = 0.1
-    warmup: int = 40
+    warmup: int = 50
     decay: float = 0.6
     seed: int = 0
     log_every: int = 20
@@ -67,7 +74,7 @@ class Run:
     def __init__(self, model: nn.Module, settings: Settings, file: Path, device: str = "cpu"):
         self.model, self.settings, self.file, self.device = model.to(device), settings, file, device
         self.optimizers = make_optimizers(model, settings)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.curve: list[dict] = []  # one entry every log_every steps
         self._stop = False
 
@@ -77,6 +84,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.step,
+            "tokens": self.tokens,
             "seconds": self.seconds,
             "curve": self.curve,
             "settings": asdict(self.settings),
@@ -90,26 +98,24 @@ class Run:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.seconds, self.curve = state["seconds"], state["curve"]
 
     def train(self, documents: list, held_out: list[torch.Tensor]) -> bool:
         """Train to settings.steps. Ctrl-C ends after the step at work; returns whether all ran."""
-        s = self.settings
-        data = batches(
-            documents, batch=s.batch, seqlen=s.seqlen, seed=s.seed, start=self.step
-        )  # fmt: skip
+        s, data = self.settings, self._batches(documents)
         before = {n: signal.signal(n, self._ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM)}
         losses: list[torch.Tensor] = []
-        begun = logged = time.perf_counter()
-        earlier = self.seconds
+        begun, earlier = time.perf_counter(), self.seconds
+        logged, logged_tokens = begun, self.tokens
         try:
             while self.step < s.steps and not self._stop:
                 losses.append(self._one_step(next(data)))
                 self.seconds = earlier + time.perf_counter() - begun
                 if self.step % s.log_every == 0 or self.step == s.steps:
-                    elapsed = time.perf_counter() - logged
-                    self._log(torch.stack(losses), elapsed, held_out)
-                    losses, logged = [], time.perf_counter()
+                    rate = (self.tokens - logged_tokens) / (time.perf_counter() - logged)
+                    self._log(torch.stack(losses).mean().item(), rate, held_out)
+                    losses, logged, logged_tokens = [], time.perf_counter(), self.tokens
                 if self.step % s.save_every == 0:
                     self.save()
         finally:
@@ -117,6 +123,19 @@ class Run:
                 signal.signal(number, handler)
         self.save()
         return self.step >= s.steps
+
+    def _batches(self, documents: list) -> Iterator[torch.Tensor]:
+        s = self.settings
+        switch = round(s.steps * s.long_from)
+        short = batches(documents, batch=s.batch, seqlen=s.seqlen, seed=s.seed, start=self.step)
+        yield from islice(short, max(0, switch - self.step))
+        yield from batches(
+            documents,
+            batch=max(1, s.batch * s.seqlen // s.long_seqlen),
+            seqlen=s.long_seqlen,
+            seed=s.seed + 1,
+            start=max(0, self.step - switch),
+        )
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
         self._stop = True
@@ -135,25 +154,24 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        self.step += 1
+        self.step, self.tokens = self.step + 1, self.tokens + ids[:, 1:].numel()
         return loss.detach()
 
-    def _log(self, losses: torch.Tensor, elapsed: float, held_out: list[torch.Tensor]) -> None:
+    def _log(self, loss: float, rate: float, held_out: list[torch.Tensor]) -> None:
         s = self.settings
-        per_step = s.batch * s.seqlen
         entry = {
             "step": self.step,
-            "tokens": self.step * per_step,
-            "train_loss": round(losses.mean().item(), 4),
-            "tokens_per_s": round(len(losses) * per_step / elapsed),
+            "tokens": self.tokens,
+            "train_loss": round(loss, 4),
+            "tokens_per_s": round(rate),
             "seconds": round(self.seconds),
         }
         if self.step % s.eval_every == 0 or self.step == s.steps:
             entry["heldout_loss"] = round(evaluate(self.model, held_out), 4)
         self.curve.append(entry)
-        left = (s.steps - self.step) * elapsed / len(losses)
+        left = (s.steps - self.step) * s.batch * s.seqlen / rate
         print(
-            f"step {self.step}/{s.steps}  loss {entry['train_loss']:.3f}"
+            f"step {self.step}/{s.steps}  loss {loss:.3f}"
             f"  {entry['tokens_per_s']} tokens/s  {left / 60:.0f} min left"
             + (f"  held-out {entry['heldout_loss']:.3f}" if "heldout_loss" in entry else ""),
             flush=True,

@@ -33,7 +33,15 @@ def make_run(folder, **changes):
     torch.manual_seed(0)
     config = Config(vocab_size=128, hidden=64, layers=1, nheads=2, nheads_k=1, headdim=32,
                     intermediate=64)  # fmt: skip
-    settings = {"steps": 8, "batch": 2, "seqlen": 16, "warmup": 2, "log_every": 4, "eval_every": 8}
+    settings = {
+        "steps": 8,
+        "batch": 2,
+        "seqlen": 16,
+        "long_seqlen": 32,
+        "warmup": 2,
+        "log_every": 4,
+        "eval_every": 8,
+    }
     folder.mkdir(exist_ok=True)
     return Run(TinyLM(config), Settings(**settings | changes), folder / "checkpoint.pt")
 
