@@ -1,14 +1,14 @@
 """The example's training loop: resuming changes nothing; bad arguments are named."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from genai_perf.models import stdlib_text
 
 pytest.importorskip("tokenizers")
 
@@ -123,28 +123,44 @@ def test_schedule_warms_up_and_ends_near_zero():
     assert schedule(75, s) == 0.5 and 0 < schedule(99, s) <= 0.02
 
 
-def command(*args):
-    root = str(EXAMPLES.parent)
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / "train_tiny_lm.py"), *map(str, args)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": root},
-    )  # fmt: skip
+@pytest.fixture
+def main(monkeypatch):
+    """The command in this process, on three modules in place of the whole library."""
+    import train_tiny_lm
+
+    texts = {"train": ["argparse", "random"], "heldout": ["heapq"]}
+    monkeypatch.setattr(
+        train_tiny_lm,
+        "stdlib_text",
+        lambda split: [(n, t) for n, t in stdlib_text(split) if n in texts[split]],
+    )
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["train_tiny_lm.py", *map(str, args)])
+        return train_tiny_lm.main()
+
+    return run
 
 
-def test_the_command_writes_a_model(tmp_path):
+def test_the_command_writes_a_model(tmp_path, main, capsys):
     out = tmp_path / "out"
-    done = command("--out", out, "--steps", 2, "--layers", 1, "--batch", 1, "--seqlen", 64)
-    assert done.returncode == 0, done.stderr
-    assert "held-out loss" in done.stdout
+    size = ("--layers", 1, "--batch", 1, "--seqlen", 64, "--device", "cpu")
+    assert main("--out", out, "--steps", 2, *size) == 0
+    assert "held-out loss" in capsys.readouterr().out
     record = json.loads((out / "model" / "training.json").read_text())
     assert record["step"] == 2 and record["heldout_loss"] < 9
-    again = command("--out", out, "--steps", 2)
-    assert again.returncode == 2 and "--resume" in again.stderr
+    with pytest.raises(SystemExit):
+        main("--out", out, "--steps", 3, *size)
+    assert "--resume" in capsys.readouterr().err
+    assert main("--out", out, "--steps", 3, "--resume", *size) == 0
+    assert json.loads((out / "model" / "training.json").read_text())["step"] == 3
 
 
 @pytest.mark.parametrize("args, word", [(("--steps", 0), "--steps"),
                                         (("--resume",), "checkpoint.pt"),
                                         (("--seqlen", 4096), "--seqlen")])  # fmt: skip
-def test_bad_arguments(tmp_path, args, word):
-    done = command("--out", tmp_path / "out", *args)
-    assert done.returncode == 2 and word in done.stderr and not (tmp_path / "out").exists()
+def test_bad_arguments(tmp_path, main, capsys, args, word):
+    with pytest.raises(SystemExit) as stopped:
+        main("--out", tmp_path / "out", *args)
+    assert stopped.value.code == 2 and word in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
