@@ -1,0 +1,289 @@
+"""The compressed-tensors dialect (llm-compressor, vLLM): int4, int8 and fp8 weights.
+
+    pack-quantized   weight_packed int32 (N, ceil(bits*K/32)), weight_shape int64 (2,),
+                     weight_zero_point int32 (ceil(bits*N/32), K/g) when asymmetric, packed along N
+    int-quantized    weight int8 (N, K)
+    float-quantized  weight float8_e4m3fn (N, K)
+    all              weight_scale: (N, K/g) groups, (N, 1) channel, (1,) tensor, (N/128, K/128) block
+
+Codes are unsigned in the packed words (q + 2^(bits-1)), a row one little-endian bit stream, so that
+int4 bytes are `QuantizedTensor`'s own. Source: compressed-tensors 0.20, `compressors/`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from .._checks import check_choice
+from .._errors import CheckpointError
+from ..formats import QuantizedTensor
+from ..formats.base import FLOATS
+from ..formats.int4 import pack, unpack
+
+METHOD = "compressed-tensors"
+VERSION = "0.20.0"  # of the library whose layout this is
+BITS = {"int4": 4, "int8": 8, "fp8": 8}
+_STRATEGIES = {"channel": -1, "tensor": 0, "block": 128}  # -> QuantizedTensor.group_size
+_GROUP_SIZES = {size: name for name, size in _STRATEGIES.items()}
+
+
+class Scheme(NamedTuple):
+    """How one layer is stored: the format, its grouping, and the layout in the file."""
+
+    format: str
+    group_size: int
+    symmetric: bool
+    layout: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors of a layer, by the last part of their names."""
+        if self.layout != "pack-quantized":
+            return ("weight", "weight_scale")
+        zero = () if self.symmetric else ("weight_zero_point",)
+        return ("weight_packed", "weight_scale", "weight_shape", *zero)
+
+
+def scheme(qt: QuantizedTensor, *, int8: str = "int-quantized") -> Scheme:
+    """The scheme under which `encode` stores `qt`.
+
+    Args:
+        qt: weight (N, K) in int4, int8 or fp8.
+        int8: "int-quantized" or "pack-quantized", for int8 weights; both are weight-only and give
+            the same values. vLLM serves weight-only int8 from "pack-quantized" alone.
+
+    Raises:
+        CheckpointError: a format, or a group size, that this dialect cannot hold.
+    """
+    check_choice("compressed-tensors", "int8", int8, ("int-quantized", "pack-quantized"))
+    if qt.format not in BITS or len(qt.shape) != 2:
+        raise CheckpointError(f"{METHOD} cannot hold {qt.format} of shape {list(qt.shape)}: it "
+                              f"takes 2-d weights in {', '.join(BITS)}")  # fmt: skip
+    layout = {"int4": "pack-quantized", "fp8": "float-quantized", "int8": int8}[qt.format]
+    return Scheme(qt.format, qt.group_size, qt.zero_point is None, layout)
+
+
+def encode(name: str, qt: QuantizedTensor, *,
+           int8: str = "int-quantized") -> dict[str, torch.Tensor]:  # fmt: skip
+    """The tensors that stand for the weight of the linear layer `name`.
+
+    Args:
+        name: the module's full name, such as model.layers.0.mlp.up_proj.
+        qt: its weight (N, K); scales are written in the dtype that they have.
+        int8: see `scheme`.
+
+    Returns:
+        dict: tensor name -> tensor; bytes are shared with `qt` where the layouts agree.
+
+    Raises:
+        CheckpointError: see `scheme`; also a group size that does not divide K.
+    """
+    found = scheme(qt, int8=int8)
+    k = qt.shape[1]
+    if qt.format == "int4" and qt.group_size > 0 and k % qt.group_size:
+        raise CheckpointError(f"{name}: {METHOD} needs a group size that divides the {k} columns, "
+                              f"got {qt.group_size}")  # fmt: skip
+    scale = qt.scale.reshape(1) if found.format == "fp8" and qt.group_size == 0 else qt.scale
+    tensors = {f"{name}.weight_scale": scale.contiguous()}
+    if found.layout != "pack-quantized":
+        return {f"{name}.weight": qt.qdata, **tensors}
+    row = qt.qdata if found.format == "int4" else qt.qdata.view(torch.uint8) ^ 128
+    tensors[f"{name}.weight_packed"] = _words(row)
+    tensors[f"{name}.weight_shape"] = torch.tensor(list(qt.shape), dtype=torch.int64)
+    if qt.zero_point is not None:
+        tensors[f"{name}.weight_zero_point"] = _words(pack(qt.zero_point.T)).T.contiguous()
+    return tensors
+
+
+def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme,
+           dtype: torch.dtype) -> QuantizedTensor:  # fmt: skip
+    """The weight of the linear layer `name`, from the tensors that `encode` describes.
+
+    Args:
+        name: the module's full name.
+        tensors: at least the tensors `<name>.<part>` for `scheme.parts`.
+        scheme: how it is stored, see `Groups.scheme`.
+        dtype: what the weight dequantizes to.
+
+    Raises:
+        CheckpointError: a tensor has another shape or dtype than the scheme says.
+    """
+    parts = {part: tensors[f"{name}.{part}"] for part in scheme.parts}
+    scale, zero, bits = parts["weight_scale"], None, BITS[scheme.format]
+    if scheme.layout == "pack-quantized":
+        n, k = (int(size) for size in parts["weight_shape"])
+        words = parts["weight_packed"]
+        _expect(f"{name}.weight_packed", words, torch.int32, (n, -(-k * bits // 32)))
+        row = words.contiguous().view(torch.uint8)[:, : -(-k * bits // 8)]
+        qdata = row if bits == 4 else (row ^ 128).view(torch.int8)
+        if not scheme.symmetric:
+            groups = scale.shape[-1]
+            packed = parts["weight_zero_point"]
+            _expect(f"{name}.weight_zero_point", packed, torch.int32, (-(-n * bits // 32), groups))
+            rows = packed.T.reshape(-1).view(torch.uint8).view(groups, -1)
+            zero = unpack(rows, n).T.contiguous()
+    else:
+        qdata = parts["weight"]
+        if qdata.dim() != 2:
+            raise CheckpointError(f"{name}.weight: must be 2-d, got {list(qdata.shape)}")
+        n, k = qdata.shape
+    if scale.dtype not in FLOATS:
+        raise CheckpointError(f"{name}.weight_scale: must be floating point, got {scale.dtype}")
+    if scheme.group_size == 0:
+        scale = scale.reshape(1, 1) if scale.numel() == 1 else scale
+    if scheme.format != "int4":  # whose scale keeps the dtype of the file
+        scale = scale.float()
+    qt = QuantizedTensor(scheme.format, torch.Size((n, k)), dtype, qdata, scale, zero,
+                         group_size=scheme.group_size)  # fmt: skip
+    qt.check(f"{name}.weight: ")
+    return qt
+
+
+def quantization_config(layers: Mapping[str, Scheme], ignore: Iterable[str]) -> dict:
+    """The `quantization_config` of config.json: one group for each scheme.
+
+    Args:
+        layers: module name -> scheme of every quantized layer.
+        ignore: names of all linear layers that are not quantized, lm_head among them.
+
+    Returns:
+        dict: with targets ["Linear"] where one scheme serves all layers that are not ignored (which
+        servers look for in mixtures of experts), with every layer's name where there are several.
+    """
+    if not layers:
+        raise ValueError("quantization_config: no layer is quantized")
+    schemes = list(dict.fromkeys(layers.values()))
+    groups = {}
+    for i, found in enumerate(schemes):
+        names = [name for name, other in layers.items() if other == found]
+        groups[f"group_{i}"] = {
+            "targets": ["Linear"] if len(schemes) == 1 else names,
+            "format": found.layout,
+            "weights": _arguments(found),
+            "input_activations": None,
+            "output_activations": None,
+        }
+    layouts = {found.layout for found in schemes}
+    return {
+        "quant_method": METHOD,
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": VERSION,
+    }
+
+
+def _arguments(found: Scheme) -> dict:
+    strategy = _GROUP_SIZES.get(found.group_size, "group")
+    if found.format == "int4" and found.group_size > 0:
+        strategy = "group"
+    return {
+        "num_bits": BITS[found.format],
+        "type": "float" if found.format == "fp8" else "int",
+        "symmetric": found.symmetric,
+        "strategy": strategy,
+        "group_size": found.group_size if strategy == "group" else None,
+        "block_structure": [128, 128] if strategy == "block" else None,
+        "dynamic": False,
+        "actorder": None,
+    }
+
+
+class Groups:
+    """The config groups of a checkpoint: which layer is stored how.
+
+    Args:
+        config: `quantization_config` of config.json.
+        where: the file, for error messages.
+
+    Raises:
+        CheckpointError: a group that genai_perf cannot run, named with its reason.
+    """
+
+    def __init__(self, config: Mapping, where: object):
+        groups = config.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            raise CheckpointError(f"{where}: quantization_config has no config_groups")
+        self.ignore = _patterns(config.get("ignore") or [], f"{where}: ignore")
+        self.groups: list[tuple[Scheme, list[Callable[[str, str], bool]]]] = []
+        for key, group in groups.items():
+            place = f"{where}: config group {key}"
+            if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+                raise CheckpointError(f"{place} has no weights")
+            layout = group.get("format") or config.get("format")
+            found = _parse(group["weights"], layout, place)
+            self.groups.append((found, _patterns(group.get("targets") or [], place)))
+
+    def scheme(self, name: str, kind: str = "Linear") -> Scheme | None:
+        """The scheme of the module `name` of class `kind`; None: it is not quantized."""
+        if any(match(name, kind) for match in self.ignore):
+            return None
+        for found, targets in self.groups:
+            if any(match(name, kind) for match in targets):
+                return found
+        return None
+
+
+def _parse(weights: Mapping, layout: object, place: str) -> Scheme:
+    bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
+    group_size = weights.get("group_size")
+    symmetric = weights.get("symmetric", True)
+    name = {("int", 4): "int4", ("int", 8): "int8", ("float", 8): "fp8"}.get((kind, bits))
+    layouts = {"int4": ("pack-quantized",), "fp8": ("float-quantized", "naive-quantized"),
+               "int8": ("pack-quantized", "int-quantized", "naive-quantized")}  # fmt: skip
+    strategies = {"int4": ("group", "channel"), "int8": ("channel",), "fp8": tuple(_STRATEGIES)}
+    if strategy is None:
+        strategy = "group" if group_size else "tensor"
+    reason = None
+    if name is None or layout not in layouts[name]:
+        reason = f"{bits}-bit {kind} in {layout}"
+    elif strategy not in strategies[name]:
+        reason = f"{name} weights by {strategy}"
+    elif not symmetric and name != "int4":
+        reason = f"asymmetric {name} weights"
+    elif weights.get("actorder") in ("group", "dynamic"):
+        reason = "activation order by group"
+    elif strategy == "block" and list(weights.get("block_structure") or ()) != [128, 128]:
+        reason = f"blocks of {weights.get('block_structure')}"
+    elif strategy == "group" and (not isinstance(group_size, int) or group_size % 8):
+        reason = f"groups of {group_size}"
+    if reason:
+        raise CheckpointError(f"{place}: {reason} is not supported")
+    size = group_size if strategy == "group" else _STRATEGIES[strategy]
+    return Scheme(name, size, bool(symmetric), layout)
+
+
+def _patterns(targets: Iterable, place: str) -> list[Callable[[str, str], bool]]:
+    """Predicates on (module name, class name): exact names, `re:` patterns, class names."""
+    found = []
+    for target in targets:
+        if not isinstance(target, str):
+            raise CheckpointError(f"{place}: targets must be text, got {target!r}")
+        if target.startswith("re:"):
+            try:
+                pattern = re.compile(target.removeprefix("re:"))
+            except re.error as error:
+                raise CheckpointError(f"{place}: {target!r} is no pattern: {error}") from None
+            found.append(lambda name, kind, pattern=pattern: pattern.match(name) is not None)
+        else:
+            found.append(lambda name, kind, target=target: target in (name, kind))
+    return found
+
+
+def _words(row_bytes: torch.Tensor) -> torch.Tensor:
+    """Bytes of rows as little-endian int32 words, a row padded to whole words."""
+    rows, width = row_bytes.shape
+    if width % 4:
+        row_bytes = torch.nn.functional.pad(row_bytes, (0, -width % 4))
+    return row_bytes.reshape(-1).view(torch.int32).view(rows, -1)
+
+
+def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{name}: must be {dtype} {list(shape)}, "
+                              f"got {tensor.dtype} {list(tensor.shape)}")  # fmt: skip

@@ -1,0 +1,92 @@
+"""bitsandbytes reads our nf4 bytes to our own dequantized values, and we read its."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from genai_perf import CheckpointError, formats
+from genai_perf.io import bitsandbytes as dialect
+
+
+def make(shape=(48, 96), double_quant=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    weight = torch.randn(shape) * 0.05
+    weight.view(-1)[:64] = 0  # a block that is all zero
+    return formats.get("nf4").quantize(weight.to(dtype), double_quant=double_quant)
+
+
+def bitsandbytes_reads(tensors, name="p"):
+    """Its dequantized weight. Asked for the flat shape: with two dimensions, its CPU kernel takes
+    the scales of K/64 blocks a row, and gives wrong values where 64 does not divide K (0.50.2)."""
+    stats = {key.removeprefix(f"{name}."): tensor.clone() for key, tensor in tensors.items()}
+    weight = stats.pop("weight")
+    parameter = bnb.nn.Params4bit.from_prequantized(weight, stats, device="cpu")
+    return dequantized(parameter.data, parameter.quant_state)
+
+
+def dequantized(data, state):
+    shape, state.shape = state.shape, torch.Size([state.shape.numel()])
+    return bnb.functional.dequantize_4bit(data, state).view(shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(48, 96), (300, 256), (7, 9)], ids=str)
+def test_bitsandbytes_reads_our_values(shape, double_quant, dtype):
+    qt = make(shape, double_quant, dtype)
+    read = bitsandbytes_reads(dialect.encode("p", qt))
+    assert read.dtype == dtype and torch.equal(read, qt.dequantize())
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_we_read_what_bitsandbytes_writes(double_quant):
+    torch.manual_seed(0)
+    linear = bnb.nn.Linear4bit(96, 40, bias=False, quant_type="nf4",
+                               compress_statistics=double_quant)  # fmt: skip
+    linear = linear.to("cpu")
+    state = {f"p.{key}": value for key, value in linear.state_dict().items()}
+    assert set(dialect.parts("p", state)) == set(state)
+    qt = dialect.decode("p", state)
+    expected = dequantized(linear.weight.data, linear.weight.quant_state)
+    assert qt.shape == (40, 96) and torch.equal(qt.dequantize(), expected)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(48, 96), (7, 9)], ids=str)
+def test_decode_inverts_encode(shape, double_quant):
+    qt = make(shape, double_quant, torch.bfloat16)
+    tensors = dialect.encode("p", qt)
+    assert dialect.parts("p", tensors) and set(dialect.parts("p", tensors)) == set(tensors)
+    assert dialect.parts("q", tensors) == ()
+    back = dialect.decode("p", tensors)
+    for name, tensor in qt.components().items():
+        assert torch.equal(getattr(back, name), tensor), name
+    assert (back.shape, back.dtype, back.group_size) == (qt.shape, qt.dtype, qt.group_size)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_bytes_stored_in_a_wider_dtype(storage):
+    """What bnb_4bit_quant_storage does for sharded training."""
+    qt = make()
+    tensors = dialect.encode("p", qt)
+    tensors["p.weight"] = tensors["p.weight"].view(-1).view(storage)[:, None]
+    assert torch.equal(dialect.decode("p", tensors).dequantize(), qt.dequantize())
+
+
+def test_refused():
+    with pytest.raises(CheckpointError, match="layer.q: .* got int8"):
+        dialect.encode("layer.q", formats.get("int8").quantize(torch.randn(4, 64)))
+    good = dialect.encode("p", make(double_quant=True))
+    book = good["p.weight.quant_map"].clone()
+    book[3] += 0.25
+    for change, words in (
+        ({f"p.{dialect.STATE}": torch.tensor([123], dtype=torch.uint8)}, "nf4 weight"),
+        ({"p.weight.quant_map": book}, "quant_map: is not the code book"),
+        ({"p.weight.absmax": torch.zeros(3, dtype=torch.uint8)}, "p.weight: .*scale"),
+        ({"p.weight": torch.zeros(9, 1, dtype=torch.uint8)}, "p.weight: .*qdata"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            dialect.decode("p", good | change)
+    del good["p.weight.nested_absmax"]
+    with pytest.raises(CheckpointError, match="'p.weight.nested_absmax' is missing"):
+        dialect.decode("p", good)
