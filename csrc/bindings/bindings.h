@@ -8,6 +8,7 @@
 namespace py = pybind11;
 
 // One function per op, each in csrc/bindings/bind_<op>.cpp, called from module.cpp.
+void bind_quantize(py::module_& m);
 
 template <class T>
 inline T* as_pointer(std::uintptr_t address) {

@@ -19,4 +19,5 @@ PYBIND11_MODULE(_C, m) {
     throw py::value_error("isa: expected scalar, avx2 or avx512, got " + name);
   });
   bind_attention(m);
+  bind_quantize(m);
 }

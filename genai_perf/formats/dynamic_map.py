@@ -42,3 +42,20 @@ def encode_blocks(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tens
 def decode_blocks(codes: torch.Tensor, absmax: torch.Tensor, block: int) -> torch.Tensor:
     values = dynamic_map().to(codes.device)[codes.long()]
     return values * absmax.repeat_interleave(block)[: codes.numel()]
+
+
+@cache
+def bin_starts() -> torch.Tensor:
+    """For each bin of csrc/cpu/quantize.h, the code of its smallest element: uint8 (3072,).
+
+    A bin is the sign, the exponent from 2^-23 up (smaller ones share it) and six bits of mantissa:
+    narrower than any step of the map, so it holds at most one bound.
+    """
+    magnitude = (torch.arange(24 * 64 + 1, dtype=torch.int32) + (104 << 6)) << 17
+    edges = magnitude.view(torch.float32)
+    edges[0] = 0.0
+    bounds = dynamic_bounds()
+    above = torch.bucketize(edges[:-1], bounds)
+    # Mirrored: the smallest element is next to the outer edge, which belongs to the next bin.
+    below = torch.bucketize(-edges[1:], bounds, right=True)
+    return torch.cat([above, below]).to(torch.uint8)

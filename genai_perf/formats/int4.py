@@ -89,9 +89,13 @@ def round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     floor = 2.0**-24 if dtype is torch.float16 else SCALE_FLOOR
     rounded = scale.clamp(min=floor).to(dtype)
     if dtype is torch.float16 and torch.isinf(rounded).any():
-        fail("quantize", "scale_dtype", "wide enough for the scales",
-             f"torch.float16 with a scale of {scale.max().item():g}")  # fmt: skip
+        refuse_scale(scale, dtype)
     return rounded
+
+
+def refuse_scale(x: torch.Tensor, dtype: torch.dtype) -> None:
+    fail("quantize", "scale_dtype", "wide enough for the scales of x",
+         f"{dtype} with magnitudes up to {x.abs().max().item():g}")  # fmt: skip
 
 
 def pack(u: torch.Tensor) -> torch.Tensor:

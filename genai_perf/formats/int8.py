@@ -12,7 +12,8 @@ LIFT = 2.0**64
 class Int8(Format):
     """qdata int8 (..., K), scale fp32 (..., 1) = absmax / 127.
 
-    q = round_half_even(x * (127 / absmax)), x = q * scale. A row of zeros has scale 0 and codes 0.
+    q = round_half_even(x * ((1 / absmax) * 127)), x = q * scale: the factor is rounded twice, as
+    bitsandbytes has it. A row of zeros has scale 0 and codes 0.
     Source: LLM.int8(), arXiv:2208.07339, section 2.1.
     """
 
@@ -32,7 +33,7 @@ class Int8(Format):
             return {"qdata": x.to(torch.int8), "scale": x.new_zeros((*x.shape[:-1], 1))}
         absmax = x.abs().amax(-1, keepdim=True)
         lift = torch.where(absmax < TINY_ROW, LIFT, 1.0)
-        factor = torch.where(absmax > 0, 127.0 / (absmax * lift), 0.0)
+        factor = torch.where(absmax > 0, (absmax * lift).reciprocal() * 127.0, 0.0)
         return {"qdata": (x * lift * factor).round().to(torch.int8), "scale": absmax / 127.0}
 
     def decode(self, qt: QuantizedTensor) -> torch.Tensor:

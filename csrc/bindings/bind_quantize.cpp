@@ -1,0 +1,83 @@
+#include "bindings/bindings.h"
+#include "cpu/quantize.h"
+
+namespace {
+
+using gp::Code8;
+using gp::DType;
+using Address = std::uintptr_t;
+using Release = py::call_guard<py::gil_scoped_release>;
+
+gp::ScaledArgs scaled(int64_t batch, int64_t rows, int64_t cols, int64_t row_block,
+                      int64_t col_block, int code, int threads) {
+  return {batch, rows, cols, row_block, col_block, Code8(code), threads};
+}
+
+}  // namespace
+
+void bind_quantize(py::module_& m) {
+  m.def(
+      "quantize_scaled",
+      [](int64_t batch, int64_t rows, int64_t cols, int64_t row_block, int64_t col_block, int code,
+         int threads, Address x, int dtype, Address q, Address scale, bool allow_nonfinite) {
+        return GP_KERNEL(quantize_scaled)(
+            scaled(batch, rows, cols, row_block, col_block, code, threads), as_pointer<void>(x),
+            DType(dtype), as_pointer<uint8_t>(q), as_pointer<float>(scale), allow_nonfinite);
+      },
+      Release());
+  m.def(
+      "dequantize_scaled",
+      [](int64_t batch, int64_t rows, int64_t cols, int64_t row_block, int64_t col_block, int code,
+         int threads, Address q, Address scale, Address out, int dtype) {
+        GP_KERNEL(dequantize_scaled)(
+            scaled(batch, rows, cols, row_block, col_block, code, threads),
+            as_pointer<uint8_t>(q), as_pointer<float>(scale), as_pointer<void>(out), DType(dtype));
+      },
+      Release());
+  m.def(
+      "quantize_nf4",
+      [](Address x, int dtype, int64_t n, int64_t block, Address q, Address absmax, int threads) {
+        return GP_KERNEL(quantize_nf4)(as_pointer<void>(x), DType(dtype), n, block,
+                                       as_pointer<uint8_t>(q), as_pointer<float>(absmax), threads);
+      },
+      Release());
+  m.def(
+      "dequantize_nf4",
+      [](Address q, Address scale, Address nested, Address offset, Address map, int64_t n,
+         int64_t block, Address out, int dtype, int threads) {
+        const gp::BlockScales scales{as_pointer<void>(scale), as_pointer<float>(nested),
+                                     as_pointer<float>(offset), as_pointer<float>(map)};
+        GP_KERNEL(dequantize_nf4)(as_pointer<uint8_t>(q), scales, n, block, as_pointer<void>(out),
+                                  DType(dtype), threads);
+      },
+      Release());
+  m.def(
+      "quantize_int4",
+      [](int64_t rows, int64_t cols, int64_t group, int scale_dtype, int threads, Address x,
+         int dtype, Address q, Address scale, Address zero_point) {
+        return GP_KERNEL(quantize_int4)({rows, cols, group, DType(scale_dtype), threads},
+                                        as_pointer<void>(x), DType(dtype), as_pointer<uint8_t>(q),
+                                        as_pointer<void>(scale), as_pointer<uint8_t>(zero_point));
+      },
+      Release());
+  m.def(
+      "dequantize_int4",
+      [](int64_t rows, int64_t cols, int64_t group, int scale_dtype, int threads, Address q,
+         Address scale, Address zero_point, Address out, int dtype) {
+        GP_KERNEL(dequantize_int4)({rows, cols, group, DType(scale_dtype), threads},
+                                   as_pointer<uint8_t>(q), as_pointer<void>(scale),
+                                   as_pointer<uint8_t>(zero_point), as_pointer<void>(out),
+                                   DType(dtype));
+      },
+      Release());
+  m.def(
+      "quantize_dynamic",
+      [](Address x, int64_t n, int64_t block, Address bounds, Address start, Address q,
+         Address absmax, int threads) {
+        GP_KERNEL(quantize_dynamic)(as_pointer<float>(x), n, block, as_pointer<float>(bounds),
+                                    as_pointer<uint8_t>(start), as_pointer<uint8_t>(q),
+                                    as_pointer<float>(absmax), threads);
+      },
+      Release());
+  m.attr("DYNAMIC_BINS") = gp::kDynamicBins;
+}

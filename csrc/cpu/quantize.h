@@ -1,0 +1,64 @@
+// Quantize and dequantize kernels. genai_perf/formats/ states the layouts; every kernel gives the
+// bits of the reference codec there. All tensors are contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cpu/isa.h"
+
+namespace gp {
+
+// What a quantizer found in its input; the caller words the error.
+enum class QuantizeStatus : int { ok = 0, nonfinite = 1, scale_overflow = 2 };
+
+// How one element is held in a byte.
+enum class Code8 : int { s8 = 0, e4m3fn = 1, e5m2 = 2 };
+
+// int8 and fp8: a scale for each row_block x col_block tile of each of `batch` matrices, or one for
+// everything where row_block is 0. int8 takes whole rows only.
+struct ScaledArgs {
+  int64_t batch, rows, cols, row_block, col_block;
+  Code8 code;
+  int threads;
+};
+GP_DECLARE_KERNEL(int, quantize_scaled, const ScaledArgs&, const void* x, DType dtype, uint8_t* q,
+                  float* scale, bool allow_nonfinite)
+GP_DECLARE_KERNEL(void, dequantize_scaled, const ScaledArgs&, const uint8_t* q, const float* scale,
+                  void* out, DType dtype)
+
+// nf4: blocks of `block` consecutive elements (a multiple of 32), even element in the high nibble.
+GP_DECLARE_KERNEL(int, quantize_nf4, const void* x, DType dtype, int64_t n, int64_t block,
+                  uint8_t* q, float* absmax, int threads)
+
+// The scale of each block: fp32, or (nested != nullptr) a code of the dynamic map for each block,
+// map[code] * nested[block / 256] + *offset.
+struct BlockScales {
+  const void* scale;
+  const float* nested;
+  const float* offset;
+  const float* map;
+};
+GP_DECLARE_KERNEL(void, dequantize_nf4, const uint8_t* q, const BlockScales& scales, int64_t n,
+                  int64_t block, void* out, DType dtype, int threads)
+
+// int4: rows of ceil(cols / 2) bytes, even element in the low nibble; `group` elements of a row (a
+// multiple of 8, or the whole row) share a scale. zero_point is null for symmetric codes.
+struct GroupArgs {
+  int64_t rows, cols, group;
+  DType scale_dtype;
+  int threads;
+};
+GP_DECLARE_KERNEL(int, quantize_int4, const GroupArgs&, const void* x, DType dtype, uint8_t* q,
+                  void* scale, uint8_t* zero_point)
+GP_DECLARE_KERNEL(void, dequantize_int4, const GroupArgs&, const uint8_t* q, const void* scale,
+                  const uint8_t* zero_point, void* out, DType dtype)
+
+// Blockwise 8-bit codes of a rising 256-value map, exactly the nearest. bounds: 255 midpoints; start:
+// for each bin of kBins below, the code of its smallest element (formats/dynamic_map.py makes both).
+// A bin is sign, exponent from -23 up and six bits of mantissa; none holds more than one bound.
+constexpr int kDynamicBins = 2 * 24 * 64;
+GP_DECLARE_KERNEL(void, quantize_dynamic, const float* x, int64_t n, int64_t block,
+                  const float* bounds, const uint8_t* start, uint8_t* q, float* absmax, int threads)
+
+}  // namespace gp

@@ -1,0 +1,107 @@
+"""The public functions, and the two ops on plain tensors under them."""
+
+import torch
+
+from ... import formats
+from ..._checks import check_choice
+from ..._dispatch import Op
+from ...formats import QuantizedTensor, Spec
+from ...formats.base import FLOATS, check_input
+
+
+def _fake_quantize(x, format, group_size, double_quant, symmetric, scale_dtype, allow_nonfinite):
+    spec = Spec(group_size, double_quant, symmetric, scale_dtype, allow_nonfinite)
+    layout = formats.get(format).layout(x.shape, spec)
+    return [x.new_empty(shape, dtype=dtype) for shape, dtype in layout.values()]
+
+
+def _fake_dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size,
+                     shape, dtype):  # fmt: skip
+    return qdata.new_empty(shape, dtype=dtype)
+
+
+_QUANTIZE = Op(
+    __package__,
+    "quantize",
+    "(Tensor x, str format, int group_size, bool double_quant, bool symmetric, "
+    "ScalarType scale_dtype, bool allow_nonfinite, *, str? backend=None) -> Tensor[]",
+    fake=lambda *args, backend=None: _fake_quantize(*args),
+    backends=("native", "reference"),
+    entry="quantize",
+)
+_DEQUANTIZE = Op(
+    __package__,
+    "dequantize",
+    "(Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? nested_scale, Tensor? scale_offset, "
+    "str format, int group_size, SymInt[] shape, ScalarType dtype, *, str? backend=None) -> Tensor",
+    fake=lambda *args, backend=None: _fake_dequantize(*args),
+    backends=("native", "reference"),
+    entry="dequantize",
+)
+
+
+def quantize(x: torch.Tensor, format: str, *, group_size: int | None = None,
+             double_quant: bool = False, symmetric: bool = True, granularity: str | None = None,
+             scale_dtype: torch.dtype | None = None, allow_nonfinite: bool = False,
+             backend: str | None = None) -> QuantizedTensor:  # fmt: skip
+    """Quantizes `x` along its last dimension.
+
+    Dequantized: `(qdata - zero_point) * scale`; each format's formula stands in
+    `genai_perf.formats`. Every backend gives the same bits.
+
+    Args:
+        x: (..., K), fp32, bf16 or fp16, finite; a weight is (N, K) = (out_features, in_features).
+        format: a name of `genai_perf.formats.FORMATS`, such as "int8", "fp8", "nf4", "int4".
+        group_size: elements that share a scale. int4: along a row, a multiple of 8 (128) or -1 for
+            the row; nf4: consecutive ones, a power of two from 32 to 4096 (64).
+        double_quant: nf4: hold the scales in 8 bits too, 4.13 bits a weight instead of 4.5.
+        symmetric: int4: no zero point.
+        granularity: fp8: "tensor", "row" (the default) or "block" (128x128).
+        scale_dtype: int4: round the scales to this dtype before the codes are computed, so that a
+            checkpoint that stores them so is exact (fp32).
+        allow_nonfinite: fp8: let infinities saturate and keep NaN, instead of refusing them.
+        backend: "native" or "reference"; the first that can run it by default.
+
+    Returns:
+        QuantizedTensor
+
+    Raises:
+        ValueError: unknown format, an option that the format does not have, inf or NaN in `x`.
+        BackendUnsupported: the named backend cannot run this call.
+    """
+    chosen = formats.get(format)
+    spec = chosen.spec(group_size=group_size, double_quant=double_quant, symmetric=symmetric,
+                       granularity=granularity, scale_dtype=scale_dtype,
+                       allow_nonfinite=allow_nonfinite)  # fmt: skip
+    check_input(x)
+    x = x.detach()
+    tensors = _QUANTIZE(x, format, *spec, backend=backend)
+    names = chosen.layout(x.shape, spec)
+    return chosen.assemble(dict(zip(names, tensors, strict=True)), x, spec)
+
+
+def dequantize(qt: QuantizedTensor, dtype: torch.dtype | None = None, *,
+               backend: str | None = None) -> torch.Tensor:  # fmt: skip
+    """The dense tensor that `qt` stands for: `(qdata - zero_point) * scale` in fp32, rounded once.
+
+    Args:
+        qt: what `quantize` gave, or a checkpoint held.
+        dtype: fp32, bf16 or fp16; `qt.dtype` by default.
+        backend: "native" or "reference"; the first that can run it by default.
+
+    Returns:
+        Tensor: of `qt.shape`.
+
+    Raises:
+        TypeError: `qt` is no QuantizedTensor.
+        ValueError: another dtype.
+        BackendUnsupported: the named backend cannot run this call.
+    """
+    if not isinstance(qt, QuantizedTensor):
+        raise TypeError(f"dequantize: qt must be a QuantizedTensor, got {type(qt).__name__}")
+    dtype = dtype or qt.dtype
+    check_choice("dequantize", "dtype", dtype, FLOATS)
+    # fp8 codes pass as bytes: torch cannot compare fp8 tensors, which opcheck does.
+    codes = qt.qdata.view(torch.uint8) if qt.qdata.is_floating_point() else qt.qdata
+    return _DEQUANTIZE(codes, qt.scale, qt.zero_point, qt.nested_scale, qt.scale_offset,
+                       qt.format, qt.group_size, qt.shape, dtype, backend=backend)  # fmt: skip

@@ -1,0 +1,123 @@
+"""C++ kernels on the CPU: the bits of the reference codecs, at the speed of memory."""
+
+import math
+
+import torch
+
+from ... import formats
+from ..._backends import native
+from ..._backends.native import DTYPE_CODES, lib, pointer, threads
+from ...formats import Spec, nf4
+from ...formats.base import check_finite
+from ...formats.dynamic_map import bin_starts, dynamic_bounds, dynamic_map
+from ...formats.int4 import refuse_scale
+
+# csrc/cpu/quantize.h: how one element is held in a byte, and what a quantizer found.
+CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2}
+NONFINITE, SCALE_OVERFLOW = 1, 2
+
+
+def why_not_quantize(x, format, *spec) -> str | None:
+    return native.why_not(x)
+
+
+def why_not_dequantize(qdata, *rest) -> str | None:
+    return native.why_not(qdata, *(t for t in rest if isinstance(t, torch.Tensor)))
+
+
+def quantize(x: torch.Tensor, format: str, *spec) -> list[torch.Tensor]:
+    spec, x = Spec(*spec), x.contiguous()
+    layout = formats.get(format).layout(x.shape, spec)
+    out = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+    if x.numel() == 0:
+        return list(formats.get(format).encode(x.float(), spec).values())
+    status = _ENCODERS[format](x, spec, out)
+    if status == NONFINITE:
+        check_finite(x)
+    if status == SCALE_OVERFLOW:
+        refuse_scale(x, spec.scale_dtype)
+    return list(out.values())
+
+
+def dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape,
+               dtype) -> torch.Tensor:  # fmt: skip
+    out = torch.empty(shape, dtype=dtype)
+    tensors = (qdata, scale, zero_point, nested_scale, scale_offset)
+    tensors = [None if t is None else t.contiguous() for t in tensors]
+    if out.numel():
+        _DECODERS[format](*tensors, format, group_size, out)
+    return out
+
+
+def _tiles(shape: tuple[int, ...], format: str, group_size: int) -> tuple[int, ...]:
+    """batch, rows, cols, row_block, col_block, code, threads of csrc/cpu/quantize.h ScaledArgs."""
+    *lead, cols = shape
+    row_block, col_block = {0: (0, 0), -1: (1, cols)}.get(group_size, (group_size, group_size))
+    rows = lead[-1] if lead else 1
+    batch = math.prod(lead[:-1])
+    return batch, rows, cols, row_block, col_block, CODES[format], threads()
+
+
+def _quantize_scaled(x: torch.Tensor, spec: Spec, out: dict, format: str) -> int:
+    return lib().quantize_scaled(*_tiles(x.shape, format, spec.group_size), pointer(x),
+                                 DTYPE_CODES[x.dtype], pointer(out["qdata"]),
+                                 pointer(out["scale"]), spec.allow_nonfinite)  # fmt: skip
+
+
+def _dequantize_scaled(qdata, scale, zero_point, nested, offset, format, group_size, out) -> None:
+    lib().dequantize_scaled(*_tiles(out.shape, format, group_size), pointer(qdata), pointer(scale),
+                            pointer(out), DTYPE_CODES[out.dtype])  # fmt: skip
+
+
+def _quantize_nf4(x: torch.Tensor, spec: Spec, out: dict) -> int:
+    blocks = -(-x.numel() // spec.group_size)
+    absmax = torch.empty(blocks) if spec.double_quant else out["scale"]
+    status = lib().quantize_nf4(pointer(x), DTYPE_CODES[x.dtype], x.numel(), spec.group_size,
+                                pointer(out["qdata"]), pointer(absmax), threads())  # fmt: skip
+    if spec.double_quant and not status:
+        # torch's own mean, in the order of summation that the reference has.
+        torch.mean(absmax, 0, out=out["scale_offset"])
+        absmax = absmax - out["scale_offset"]
+        lib().quantize_dynamic(pointer(absmax), blocks, nf4.NESTED_BLOCK, pointer(dynamic_bounds()),
+                               pointer(bin_starts()), pointer(out["scale"]),
+                               pointer(out["nested_scale"]), threads())  # fmt: skip
+    return status
+
+
+def _dequantize_nf4(qdata, scale, zero_point, nested, offset, format, group_size, out) -> None:
+    lib().dequantize_nf4(pointer(qdata), pointer(scale), pointer(nested), pointer(offset),
+                         pointer(dynamic_map()), out.numel(), group_size, pointer(out),
+                         DTYPE_CODES[out.dtype], threads())  # fmt: skip
+
+
+def _groups(shape: tuple[int, ...], group_size: int, scale_dtype: torch.dtype) -> tuple[int, ...]:
+    """rows, cols, group, scale_dtype, threads of csrc/cpu/quantize.h GroupArgs."""
+    *lead, cols = shape
+    group = cols if group_size == -1 else group_size
+    return math.prod(lead), cols, group, DTYPE_CODES[scale_dtype], threads()
+
+
+def _quantize_int4(x: torch.Tensor, spec: Spec, out: dict) -> int:
+    return lib().quantize_int4(*_groups(x.shape, spec.group_size, spec.scale_dtype), pointer(x),
+                               DTYPE_CODES[x.dtype], pointer(out["qdata"]), pointer(out["scale"]),
+                               pointer(out.get("zero_point")))  # fmt: skip
+
+
+def _dequantize_int4(qdata, scale, zero_point, nested, offset, format, group_size, out) -> None:
+    lib().dequantize_int4(*_groups(out.shape, group_size, scale.dtype), pointer(qdata),
+                          pointer(scale), pointer(zero_point), pointer(out),
+                          DTYPE_CODES[out.dtype])  # fmt: skip
+
+
+def _encoder(format: str):
+    return lambda x, spec, out: _quantize_scaled(x, spec, out, format)
+
+
+_ENCODERS = {name: _encoder(name) for name in CODES} | {
+    "nf4": _quantize_nf4,
+    "int4": _quantize_int4,
+}
+_DECODERS = dict.fromkeys(CODES, _dequantize_scaled) | {
+    "nf4": _dequantize_nf4,
+    "int4": _dequantize_int4,
+}

@@ -1,0 +1,31 @@
+"""The oracle: the codecs of genai_perf.formats, wherever torch runs."""
+
+import torch
+
+from ... import formats
+from ...formats import QuantizedTensor, Spec
+from ...formats.base import check_finite
+
+
+def why_not_quantize(*args) -> str | None:
+    return None
+
+
+def quantize(x: torch.Tensor, format: str, *spec) -> list[torch.Tensor]:
+    spec = Spec(*spec)
+    if not spec.allow_nonfinite:
+        check_finite(x)
+    return list(formats.get(format).encode(x.float(), spec).values())
+
+
+def why_not_dequantize(*args) -> str | None:
+    return None
+
+
+def dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape,
+               dtype) -> torch.Tensor:  # fmt: skip
+    qt = QuantizedTensor(format, torch.Size(shape), dtype, qdata, scale, zero_point, group_size,
+                         nested_scale, scale_offset)  # fmt: skip
+    chosen = formats.get(format)
+    qt.qdata = qdata.view(chosen.layout(qt.shape, qt.spec)["qdata"][1])
+    return chosen.dequantize(qt)
