@@ -4,7 +4,7 @@
                      weight_zero_point int32 (ceil(bits*N/32), K/g) when asymmetric, packed along N
     int-quantized    weight int8 (N, K)
     float-quantized  weight float8_e4m3fn (N, K)
-    all              weight_scale: (N, K/g) groups, (N, 1) channel, (1,) tensor, (N/128, K/128) block
+    all              weight_scale: (N, K/g) groups, (N, 1) rows, (1,) tensor, (N/128, K/128) blocks
 
 Codes are unsigned in the packed words (q + 2^(bits-1)), a row one little-endian bit stream, so that
 int4 bytes are `QuantizedTensor`'s own. Source: compressed-tensors 0.20, `compressors/`.

@@ -110,9 +110,9 @@ def test_linears_and_their_weights(saved, family):
     assert all(name.startswith(f"{model.blocks[2][0]}.") for name in linears)
     name = next(n for n in linears if n.endswith(("mlp.gate_proj", "mlp.c_fc")))
     weight = model.get_weight(linears[name])
-    out_features = 64 if family == "llama" else 128
-    assert weight.shape == (out_features, 32)  # (out, in), also for Conv1D
-    x = torch.randn(3, 32)
+    out_features = 128 if family == "llama" else 256
+    assert weight.shape == (out_features, 64)  # (out, in), also for Conv1D
+    x = torch.randn(3, 64)
     model.set_weight(linears[name], 2 * weight)
     bias = linears[name].bias if linears[name].bias is not None else 0
     torch.testing.assert_close(linears[name](x), 2 * x @ weight.T + bias)
@@ -176,7 +176,7 @@ def refused(path, *words):
     ({"model_type": "no_such_type"}, ("no_such_type",)),
     ({"hidden_size": "wide"}, ("config.json", "refuses")),
     ({"quantization_config": {"quant_method": "gptq"}}, ("quantized already", "gptq")),
-    ({"intermediate_size": 80}, ("gate_proj", "[80, 32]", "[64, 32]")),
+    ({"intermediate_size": 80}, ("gate_proj", "[80, 64]", "[128, 64]")),
     ({"num_hidden_layers": 4}, ("model.layers.3.", "missing")),
 ])  # fmt: skip
 def test_bad_config(llama, changes, words):

@@ -2,7 +2,7 @@
 
 import torch
 
-SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
              num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
 
 
@@ -14,14 +14,14 @@ def configs() -> dict[str, tuple]:
     return {
         "llama": (t.LlamaConfig, grouped),
         "llama-tied": (t.LlamaConfig, {**grouped, "tie_word_embeddings": True}),
-        "gpt2": (t.GPT2Config, dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
+        "gpt2": (t.GPT2Config, dict(vocab_size=96, n_embd=64, n_layer=3, n_head=4, n_positions=64)),
         "qwen2": (t.Qwen2Config, grouped),
-        "qwen3": (t.Qwen3Config, {**grouped, "head_dim": 8}),
-        "gemma2": (t.Gemma2Config, {**grouped, "head_dim": 8, "sliding_window": 4}),
+        "qwen3": (t.Qwen3Config, {**grouped, "head_dim": 16}),
+        "gemma2": (t.Gemma2Config, {**grouped, "head_dim": 16, "sliding_window": 4}),
         "mistral": (t.MistralConfig, {**grouped, "sliding_window": 5}),
-        "opt": (t.OPTConfig, dict(vocab_size=96, hidden_size=32, ffn_dim=64, num_hidden_layers=3,
+        "opt": (t.OPTConfig, dict(vocab_size=96, hidden_size=64, ffn_dim=128, num_hidden_layers=3,
                                   num_attention_heads=4, max_position_embeddings=64,
-                                  word_embed_proj_dim=32)),
+                                  word_embed_proj_dim=64)),
         "phi3": (t.Phi3Config, {**grouped, "pad_token_id": 0}),
         "mixtral": (t.MixtralConfig, {**grouped, "num_local_experts": 4}),
         "gpt-neox": (t.GPTNeoXConfig, SIZES),

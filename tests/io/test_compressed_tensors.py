@@ -164,9 +164,13 @@ def test_refused_to_read(change, words):
         ct.Groups(config, "config.json")
 
 
-@pytest.mark.parametrize("config", [{}, {"config_groups": {"g": {}}}, {"config_groups": []},
-    {"config_groups": {"g": {"weights": {"num_bits": 8, "type": "int"}, "targets": [3]}}}])  # fmt: skip
-def test_bad_config(config):
+@pytest.mark.parametrize("groups", [
+    None, [], {"g": {}}, {"g": {"weights": {"num_bits": 8, "type": "int"}}},
+    {"g": {"weights": {"num_bits": 4, "type": "int", "strategy": "channel"}, "targets": [3]}},
+    {"g": {"weights": {"num_bits": 4, "type": "int", "strategy": "channel"}, "targets": ["re:("]}},
+])  # fmt: skip
+def test_bad_config(groups):
+    config = {"format": "pack-quantized", "config_groups": groups}
     with pytest.raises(CheckpointError, match="config.json"):
         ct.Groups(config, "config.json")
 
