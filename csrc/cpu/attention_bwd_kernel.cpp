@@ -42,7 +42,7 @@ struct Backward {
 // One thread's scratch.
 struct Work {
   int64_t stride_k, stride_v, score_stride;
-  float *keys, *keys_t, *values_t, *dk, *dv, *queries, *dout, *scores, *dscores, *line;
+  float *keys, *keys_t, *values_t, *dk, *dv, *queries, *dout, *scores, *dscores, *lines;
 
   Work(const Backward& w, float* memory)
       : stride_k(row_stride(w.s.dim)), stride_v(row_stride(w.s.dim_v)),
@@ -61,11 +61,12 @@ struct Work {
     dout = take(BLOCK_M * stride_v);
     scores = take(BLOCK_M * score_stride);
     dscores = take(BLOCK_M * score_stride);
-    line = take(max64(stride_k, stride_v));
+    lines = take(PACK_ROWS * max64(stride_k, stride_v));
   }
   static int64_t size(const Backward& w) {
     const int64_t k = row_stride(w.s.dim), v = row_stride(w.s.dim_v);
-    return w.block_n * (3 * k + 2 * v) + BLOCK_M * (k + v + 2 * (w.block_n + ROW_PAD)) + max64(k, v);
+    return w.block_n * (3 * k + 2 * v) + BLOCK_M * (k + v + 2 * (w.block_n + ROW_PAD)) +
+           PACK_ROWS * max64(k, v);
   }
 };
 
@@ -174,8 +175,8 @@ void run_keys(const Backward& w, const Work& t, int64_t b, int64_t head_k, int64
   const void *k = at(w.a.k, b, k0, head_k, s.dtype), *v = at(w.a.v, b, k0, head_k, s.dtype);
   // The scale of dQ goes into these keys; that of dK comes with the packed queries.
   pack_rows(t.keys, t.stride_k, round_up(s.dim, VL), k, w.a.k.seq, cols, s.dim, s.dtype, s.scale);
-  pack_transposed(t.keys_t, padded, k, w.a.k.seq, cols, s.dim, s.dtype, t.line);
-  pack_transposed(t.values_t, padded, v, w.a.v.seq, cols, s.dim_v, s.dtype, t.line);
+  pack_transposed(t.keys_t, padded, k, w.a.k.seq, cols, s.dim, s.dtype, t.lines);
+  pack_transposed(t.values_t, padded, v, w.a.v.seq, cols, s.dim_v, s.dtype, t.lines);
   fill(t.dk, cols * t.stride_k, 0.0f);
   fill(t.dv, cols * t.stride_v, 0.0f);
   for (int64_t h = head_k * group; h < (head_k + 1) * group; ++h)

@@ -21,7 +21,7 @@ constexpr int MR = 6, NV = 2;
 constexpr int MR = 4, NV = 4;
 #endif
 constexpr int NR = NV * VL;
-constexpr int64_t CHUNK = 64;
+constexpr int64_t CHUNK = 128;
 // Rows of a packed tile are this many floats longer than the data: 64 bytes, which keeps a column
 // of cache lines from falling into one set of the L1 cache when the row is a power of two long.
 constexpr int64_t ROW_PAD = 16;
@@ -48,14 +48,17 @@ struct Visible {
   int64_t hi(int64_t i) const { return right < 0 ? seqlen_k : clamp(i + offset + right + 1); }
 };
 
-// 2^x, relative error below 2 ulp for x in [-125, 126]; 0 below; NaN stays NaN.
+// 2^x, relative error below 2 ulp for x in [-126, 126]; 0 below -126.5; NaN stays NaN.
 static inline vf v_exp2(vf x) {
 #if defined(__AVX2__)
   const vf magic = v_set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  x = v_max(v_set(-127.0f), x);         // in this order NaN passes
   const vf t = v_add(x, magic);
   const vf n = v_sub(t, magic);
 #else
-  const vf n = v_round(v_max(x, v_set(-126.0f)));
+  if (x.v < -126.5f) return {0.0f};
+  if (x.v != x.v) return x;
+  const vf n = v_round(x);
 #endif
   const vf f = v_sub(x, n);
   vf p = v_set(1.326465280726552e-3f);  // minimax on [-0.5, 0.5] with 2^0 exact
@@ -64,17 +67,16 @@ static inline vf v_exp2(vf x) {
   p = v_fma(p, f, v_set(2.4022242426872253e-1f));
   p = v_fma(p, f, v_set(6.931470036506653e-1f));
   p = v_fma(p, f, v_set(1.0f));
+  // The bits of 2^n; for n = -127 they are those of 0.
 #if defined(__AVX512F__)
-  const __mmask16 tiny = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-125.0f), _CMP_LT_OQ);
-  return {_mm512_mask_blend_ps(tiny, _mm512_scalef_ps(p.v, n.v), _mm512_setzero_ps())};
+  const __m512i e = _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(t.v), 23),
+                                     _mm512_set1_epi32(0x3f800000));
+  return {_mm512_mul_ps(p.v, _mm512_castsi512_ps(e))};
 #elif defined(__AVX2__)
   const __m256i e = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t.v), 23),
                                      _mm256_set1_epi32(0x3f800000));
-  const __m256 r = _mm256_mul_ps(p.v, _mm256_castsi256_ps(e));
-  return {_mm256_andnot_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(-125.0f), _CMP_LT_OQ), r)};
+  return {_mm256_mul_ps(p.v, _mm256_castsi256_ps(e))};
 #else
-  if (x.v < -125.0f) return {0.0f};
-  if (x.v != x.v) return x;
   return v_ldexp(p, n);
 #endif
 }
@@ -195,22 +197,54 @@ static void pack_rows(float* dst, int64_t ld, int64_t padded, const void* src, i
   }
 }
 
+#if defined(__AVX2__)
+constexpr int PACK_ROWS = 8;
+// dst[i * ld + j] = src[j * ld_src + i] for i, j < 8.
+static inline void transpose8(float* dst, int64_t ld, const float* src, int64_t ld_src) {
+  __m256 r[8], t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * ld_src);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(dst + i * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(dst + (i + 4) * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#else
+constexpr int PACK_ROWS = 1;
+#endif
+
 // The transpose of `rows` rows, in the panels that product_scores reads; columns past `rows`, up to
-// `padded`, are 0. `line` holds dim floats.
+// `padded` (a multiple of VL), are 0. `lines` holds PACK_ROWS * dim floats.
 static void pack_transposed(float* dst, int64_t padded, const void* src, int64_t stride,
-                            int64_t rows, int64_t dim, DType type, float* line) {
-  for (int64_t n = 0; n < padded;) {
-    const int64_t width = padded - n >= NR ? NR : VL;
-    float* panel = dst + n * dim;
-    for (int64_t j = 0; j < width; ++j) {
-      if (n + j < rows) {
-        load_row(line, offset(src, (n + j) * stride, type), dim, type);
-        for (int64_t k = 0; k < dim; ++k) panel[k * width + j] = line[k];
-      } else {
-        for (int64_t k = 0; k < dim; ++k) panel[k * width + j] = 0.0f;
-      }
+                            int64_t rows, int64_t dim, DType type, float* lines) {
+  for (int64_t n = 0; n < padded; n += PACK_ROWS) {
+    const int64_t first = n / NR * NR;  // the panel of column n: NR wide while NR columns are left
+    const bool wide = padded - first >= NR;
+    const int64_t width = wide ? NR : VL, panel = wide ? first : n / VL * VL;
+    float* out = dst + panel * dim + (n - panel);
+    for (int64_t j = 0; j < PACK_ROWS; ++j) {
+      if (n + j < rows) load_row(lines + j * dim, offset(src, (n + j) * stride, type), dim, type);
+      else fill(lines + j * dim, dim, 0.0f);
     }
-    n += width;
+    int64_t k = 0;
+#if defined(__AVX2__)
+    for (; k + 8 <= dim; k += 8) transpose8(out + k * width, width, lines + k, dim);
+#endif
+    for (; k < dim; ++k)
+      for (int64_t j = 0; j < PACK_ROWS; ++j) out[k * width + j] = lines[j * dim + k];
   }
 }
 
