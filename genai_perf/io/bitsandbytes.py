@@ -1,26 +1,34 @@
-"""The bitsandbytes dialect: nf4 weights, optionally with double quantization.
+"""The bitsandbytes dialect: nf4 weights, optionally with double quantization, and int8 weights.
 
-For a linear layer P of shape (N, K):
+For a linear layer P of shape (N, K), nf4:
     P.weight                                uint8 (ceil(N*K/2), 1), two codes a byte
     P.weight.absmax                         fp32 (blocks,); uint8 codes when double-quantized
     P.weight.quant_map                      fp32 (16,), the code book
     P.weight.nested_absmax                  fp32 (ceil(blocks/256),), double-quantized only
     P.weight.nested_quant_map               fp32 (256,), the dynamic map, double-quantized only
     P.weight.quant_state.bitsandbytes__nf4  uint8, JSON: dtype, shape, block sizes, nested offset
+int8:
+    P.weight                                int8 (N, K)
+    P.SCB                                   fp32 (N,), the absmax of each row
+    P.weight_format                         uint8 (), 0: rows as they are
 
-Source: bitsandbytes 0.50, `functional.QuantState`.
+Source: bitsandbytes 0.50, `functional.QuantState`, `nn.Linear8bitLt`.
 """
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 
+from .._checks import check_choice
 from .._errors import CheckpointError
 from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
 from ..formats.dynamic_map import dynamic_map
 from ..formats.nf4 import NESTED_BLOCK, code_book
+from .checkpoints import Checkpoint
+from .stored import Stored
 
 METHOD = "bitsandbytes"
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -34,14 +42,20 @@ def encode(name: str, qt: QuantizedTensor) -> dict[str, torch.Tensor]:
 
     Args:
         name: the module's full name.
-        qt: its nf4 weight, (N, K), also where the layer is a Conv1D, which bitsandbytes loads as
-            a linear one.
+        qt: its weight in nf4 or int8, (N, K), also where the layer is a Conv1D, which
+            bitsandbytes loads as a linear one.
 
     Raises:
         CheckpointError: another format.
     """
+    if qt.format == "int8":
+        return {
+            f"{name}.weight": qt.qdata,
+            f"{name}.SCB": _row_absmax(qt.scale.reshape(-1)),
+            f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
     if qt.format != "nf4":
-        raise CheckpointError(f"{name}: {METHOD} 4-bit holds nf4, got {qt.format}")
+        raise CheckpointError(f"{name}: {METHOD} holds nf4 and int8, got {qt.format}")
     state = {
         "quant_type": "nf4",
         "blocksize": qt.group_size,
@@ -62,14 +76,61 @@ def encode(name: str, qt: QuantizedTensor) -> dict[str, torch.Tensor]:
     return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
 
 
-def parts(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    """The tensors of the linear layer `name` among a checkpoint's; none where it is dense."""
-    keys = tuple(f"{name}.{part}" for part in (*_PARTS, *_NESTED_PARTS))
-    return tuple(key for key in keys if key in names) if f"{name}.{STATE}" in names else ()
+def _row_absmax(scale: torch.Tensor) -> torch.Tensor:
+    """The fp32 number whose 127th part is `scale`: the product, or one of its neighbours."""
+    product = scale * 127
+    found = product
+    for direction in (torch.inf, 0.0):
+        other = torch.nextafter(product, torch.full_like(product, direction))
+        found = torch.where((found / 127 != scale) & (other / 127 == scale), other, found)
+    return found
+
+
+def find(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The quantized linear layers of a checkpoint in this dialect.
+
+    Raises:
+        CheckpointError: fp4, or another kind of 8-bit layout than rows.
+    """
+    config, names = checkpoint.quantization, checkpoint.names()
+    found = {}
+    for key in names:
+        if key.endswith("__fp4"):
+            raise CheckpointError(f"{checkpoint.path}: {key!r}: fp4 is not supported, nf4 is")
+        if config.get("load_in_4bit") and key.endswith(f".{STATE}"):
+            name = key.removesuffix(f".{STATE}")
+            keys = (f"{name}.{part}" for part in (*_PARTS, *_NESTED_PARTS))
+            keys = tuple(key for key in keys if key in checkpoint)
+            found[name] = Stored(keys, partial(decode, name))
+        elif config.get("load_in_8bit") and key.endswith(".SCB"):
+            name = key.removesuffix(".SCB")
+            keys = tuple(f"{name}.{part}" for part in ("weight", "SCB", "weight_format"))
+            keys = tuple(key for key in keys if key in checkpoint)
+            found[name] = Stored(keys, partial(decode_int8, name))
+    return found
+
+
+def decode_int8(name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedTensor:
+    """The int8 weight of the linear layer `name`.
+
+    Raises:
+        CheckpointError: a tensor is missing or does not fit; another layout than rows.
+    """
+    for part in ("weight", "SCB"):
+        if f"{name}.{part}" not in tensors:
+            raise CheckpointError(f"tensor '{name}.{part}' is missing")
+    layout = tensors.get(f"{name}.weight_format")
+    if layout is not None and int(layout) != 0:
+        raise CheckpointError(f"{name}.weight_format: must be 0 (rows), got {int(layout)}")
+    weight, absmax = tensors[f"{name}.weight"], tensors[f"{name}.SCB"]
+    qt = QuantizedTensor("int8", weight.shape, torch.float32, weight,
+                         (absmax.float() / 127).reshape(-1, 1))  # fmt: skip
+    qt.check(f"{name}.weight: ")
+    return qt
 
 
 def decode(name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedTensor:
-    """The weight of the linear layer `name`, from the tensors that `encode` describes.
+    """The nf4 weight of the linear layer `name`.
 
     Raises:
         CheckpointError: a tensor is missing or is not what its state says; fp4; another code book.
@@ -105,18 +166,21 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedTensor:
     return qt
 
 
-def quantization_config(*, double_quant: bool, dtype: torch.dtype, skip: Iterable[str]) -> dict:
+def quantization_config(*, dtype: torch.dtype, skip: Iterable[str], format: str = "nf4",
+                        double_quant: bool = False) -> dict:  # fmt: skip
     """The `quantization_config` of config.json.
 
     Args:
-        double_quant: whether the scales are quantized too.
         dtype: of the computation, that of the model.
         skip: names of the linear layers that are not quantized, lm_head among them.
+        format: "nf4" or "int8", of all quantized layers.
+        double_quant: nf4 with quantized scales.
     """
+    check_choice(METHOD, "format", format, ("nf4", "int8"))
     return {
         "quant_method": METHOD,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
+        "load_in_4bit": format == "nf4",
+        "load_in_8bit": format == "int8",
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": double_quant,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),

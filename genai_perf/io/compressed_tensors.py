@@ -12,6 +12,7 @@ int4 bytes are `QuantizedTensor`'s own. Source: compressed-tensors 0.20, `compre
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from .._errors import CheckpointError
 from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
 from ..formats.int4 import pack, unpack
+from .checkpoints import CONFIG, Checkpoint
+from .stored import Stored
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"  # of the library whose layout this is
@@ -97,15 +100,17 @@ def encode(name: str, qt: QuantizedTensor, *,
     return tensors
 
 
-def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme,
-           dtype: torch.dtype) -> QuantizedTensor:  # fmt: skip
+def decode(name: str, tensors: Mapping[str, torch.Tensor],
+           scheme: Scheme) -> QuantizedTensor:  # fmt: skip
     """The weight of the linear layer `name`, from the tensors that `encode` describes.
 
     Args:
         name: the module's full name.
         tensors: at least the tensors `<name>.<part>` for `scheme.parts`.
         scheme: how it is stored, see `Groups.scheme`.
-        dtype: what the weight dequantizes to.
+
+    Returns:
+        QuantizedTensor: it dequantizes to the dtype of the stored scale.
 
     Raises:
         CheckpointError: a tensor has another shape or dtype than the scheme says.
@@ -129,8 +134,9 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme,
         if qdata.dim() != 2:
             raise CheckpointError(f"{name}.weight: must be 2-d, got {list(qdata.shape)}")
         n, k = qdata.shape
-    if scale.dtype not in FLOATS:
-        raise CheckpointError(f"{name}.weight_scale: must be floating point, got {scale.dtype}")
+    dtype = scale.dtype
+    if dtype not in FLOATS:
+        raise CheckpointError(f"{name}.weight_scale: must be floating point, got {dtype}")
     if scheme.group_size == 0:
         scale = scale.reshape(1, 1) if scale.numel() == 1 else scale
     if scheme.format != "int4":  # whose scale keeps the dtype of the file
@@ -139,6 +145,26 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme,
                          group_size=scheme.group_size)  # fmt: skip
     qt.check(f"{name}.weight: ")
     return qt
+
+
+def find(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The quantized linear layers of a checkpoint in this dialect.
+
+    Raises:
+        CheckpointError: a config group that genai_perf cannot run, a layer with packed tensors that
+            no group covers, or one that lacks a tensor.
+    """
+    groups = Groups(checkpoint.quantization, checkpoint.path / CONFIG)
+    found = {}
+    for key in checkpoint.names():
+        if key.endswith(".weight_scale"):
+            name = key.removesuffix(".weight_scale")
+            if (scheme := groups.scheme(name)) is None:
+                raise CheckpointError(f"{checkpoint.path / CONFIG}: no config group targets "
+                                      f"{name!r}, which is quantized")  # fmt: skip
+            keys = tuple(f"{name}.{part}" for part in scheme.parts)
+            found[name] = Stored(keys, partial(decode, name, scheme=scheme))
+    return found
 
 
 def quantization_config(layers: Mapping[str, Scheme], ignore: Iterable[str]) -> dict:

@@ -61,7 +61,7 @@ def test_library_reads_packed_int8():
     tensors = ct.encode("a.b", qt, int8="pack-quantized")
     assert config["format"] == "pack-quantized"
     assert torch.equal(library_reads(tensors, config, torch.float32), qt.dequantize())
-    back = ct.decode("a.b", tensors, scheme, torch.float32)
+    back = ct.decode("a.b", tensors, scheme)
     assert torch.equal(back.qdata, qt.qdata) and torch.equal(back.scale, qt.scale)
 
 
@@ -74,7 +74,7 @@ GROUPED = [case for case in CASES if "int4" in case and "channel" not in case]
 ])  # fmt: skip
 def test_decode_inverts_encode(case, shape):
     qt = make(case, shape)
-    back = ct.decode("a.b", ct.encode("a.b", qt), ct.scheme(qt), qt.dtype)
+    back = ct.decode("a.b", ct.encode("a.b", qt), ct.scheme(qt))
     expected = qt.components()
     assert back.components().keys() == expected.keys()
     for name, tensor in back.components().items():
@@ -118,7 +118,7 @@ def test_int4_bytes_are_shared_not_copied():
     qt = make("int4")
     tensors = ct.encode("m", qt)
     assert tensors["m.weight_packed"].data_ptr() == qt.qdata.data_ptr()
-    back = ct.decode("m", tensors, ct.scheme(qt), qt.dtype)
+    back = ct.decode("m", tensors, ct.scheme(qt))
     assert back.qdata.data_ptr() == qt.qdata.data_ptr()
 
 
@@ -185,4 +185,4 @@ def test_damaged_tensors_are_named(part, value):
     qt = make("int4")
     tensors = ct.encode("l.q", qt) | {f"l.q.{part}": value}
     with pytest.raises(CheckpointError, match="l.q.weight"):
-        ct.decode("l.q", tensors, ct.scheme(qt), torch.float32)
+        ct.decode("l.q", tensors, ct.scheme(qt))
