@@ -185,7 +185,8 @@ void dequantize_nf4(const uint8_t* q, const BlockScales& s, int64_t n, int64_t b
           float absmax;
           if (s.nested) {
             const uint8_t code = static_cast<const uint8_t*>(s.scale)[b];
-            absmax = s.map[code] * s.nested[b / 256] + *s.offset;
+            const float wide = s.map[code] * s.nested[b / 256] + *s.offset;
+            absmax = wide < 3.4028235e38f ? wide : 3.4028235e38f;
           } else {
             absmax = static_cast<const float*>(s.scale)[b];
           }

@@ -233,6 +233,18 @@ class Format(ABC):
                                group_size=spec.group_size, **components)  # fmt: skip
 
 
+def from_parts(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape,
+               dtype) -> QuantizedTensor:  # fmt: skip
+    """A QuantizedTensor of what an op's schema passes; fp8 codes may come as bytes."""
+    from . import get
+
+    qt = QuantizedTensor(format, torch.Size(shape), dtype, qdata, scale, zero_point, group_size,
+                         nested_scale, scale_offset)  # fmt: skip
+    if qdata.dtype is torch.uint8:
+        qt.qdata = qdata.view(get(format).layout(qt.shape, qt.spec)["qdata"][1])
+    return qt
+
+
 def check_input(x: torch.Tensor) -> None:
     check_tensor("quantize", x=x)
     check_dtype("quantize", FLOATS, x=x)

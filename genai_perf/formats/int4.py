@@ -89,13 +89,9 @@ def round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     floor = 2.0**-24 if dtype is torch.float16 else SCALE_FLOOR
     rounded = scale.clamp(min=floor).to(dtype)
     if dtype is torch.float16 and torch.isinf(rounded).any():
-        refuse_scale(scale, dtype)
+        fail("quantize", "scale_dtype", "wide enough for the scales of x",
+             f"{dtype} for a scale of {scale.max().item():g}")  # fmt: skip
     return rounded
-
-
-def refuse_scale(x: torch.Tensor, dtype: torch.dtype) -> None:
-    fail("quantize", "scale_dtype", "wide enough for the scales of x",
-         f"{dtype} with magnitudes up to {x.abs().max().item():g}")  # fmt: skip
 
 
 def pack(u: torch.Tensor) -> torch.Tensor:

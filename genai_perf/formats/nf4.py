@@ -86,16 +86,26 @@ class Nf4(Format):
 
 def nest(absmax: torch.Tensor) -> dict[str, torch.Tensor]:
     """Double quantization of fp32 block scales."""
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    offset = mean(absmax)
     codes, nested = encode_blocks(absmax - offset, NESTED_BLOCK)
     return {"scale": codes, "nested_scale": nested, "scale_offset": offset}
+
+
+def mean(absmax: torch.Tensor) -> torch.Tensor:
+    """torch's fp32 mean, as bitsandbytes takes it, except where its sum overflows or is empty."""
+    if not absmax.numel():
+        return absmax.new_zeros(())
+    offset = absmax.mean()
+    return torch.where(torch.isinf(offset), absmax.double().mean().float(), offset)
 
 
 def block_scales(qt: QuantizedTensor) -> torch.Tensor:
     """The fp32 scale of each block, (nblocks,), double quantization undone."""
     if qt.nested_scale is None:
         return qt.scale
-    return decode_blocks(qt.scale, qt.nested_scale, NESTED_BLOCK) + qt.scale_offset
+    scales = decode_blocks(qt.scale, qt.nested_scale, NESTED_BLOCK) + qt.scale_offset
+    # A scale rounded up to infinity would make NaN of the zeros of its block.
+    return scales.clamp(max=torch.finfo(torch.float32).max)
 
 
 FORMAT = Nf4()

@@ -8,9 +8,8 @@ from ... import formats
 from ..._backends import native
 from ..._backends.native import DTYPE_CODES, lib, pointer, threads
 from ...formats import Spec, nf4
-from ...formats.base import check_finite
+from ...formats.base import check_finite, from_parts
 from ...formats.dynamic_map import bin_starts, dynamic_bounds, dynamic_map
-from ...formats.int4 import refuse_scale
 
 # csrc/cpu/quantize.h: how one element is held in a byte, and what a quantizer found.
 CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2}
@@ -35,7 +34,7 @@ def quantize(x: torch.Tensor, format: str, *spec) -> list[torch.Tensor]:
     if status == NONFINITE:
         check_finite(x)
     if status == SCALE_OVERFLOW:
-        refuse_scale(x, spec.scale_dtype)
+        formats.get(format).encode(x.float(), spec)  # which words the refusal
     return list(out.values())
 
 
@@ -44,6 +43,8 @@ def dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, gro
     out = torch.empty(shape, dtype=dtype)
     tensors = (qdata, scale, zero_point, nested_scale, scale_offset)
     tensors = [None if t is None else t.contiguous() for t in tensors]
+    # The kernels trust the sizes that they are given.
+    from_parts(*tensors, format, group_size, out.shape, dtype).check()
     if out.numel():
         _DECODERS[format](*tensors, format, group_size, out)
     return out
@@ -76,7 +77,7 @@ def _quantize_nf4(x: torch.Tensor, spec: Spec, out: dict) -> int:
                                 pointer(out["qdata"]), pointer(absmax), threads())  # fmt: skip
     if spec.double_quant and not status:
         # torch's own mean, in the order of summation that the reference has.
-        torch.mean(absmax, 0, out=out["scale_offset"])
+        out["scale_offset"] = nf4.mean(absmax)
         absmax = absmax - out["scale_offset"]
         lib().quantize_dynamic(pointer(absmax), blocks, nf4.NESTED_BLOCK, pointer(dynamic_bounds()),
                                pointer(bin_starts()), pointer(out["scale"]),

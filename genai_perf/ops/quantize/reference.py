@@ -3,8 +3,8 @@
 import torch
 
 from ... import formats
-from ...formats import QuantizedTensor, Spec
-from ...formats.base import check_finite
+from ...formats import Spec
+from ...formats.base import check_finite, from_parts
 
 
 def why_not_quantize(*args) -> str | None:
@@ -24,8 +24,6 @@ def why_not_dequantize(*args) -> str | None:
 
 def dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape,
                dtype) -> torch.Tensor:  # fmt: skip
-    qt = QuantizedTensor(format, torch.Size(shape), dtype, qdata, scale, zero_point, group_size,
-                         nested_scale, scale_offset)  # fmt: skip
-    chosen = formats.get(format)
-    qt.qdata = qdata.view(chosen.layout(qt.shape, qt.spec)["qdata"][1])
-    return chosen.dequantize(qt)
+    qt = from_parts(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape,
+                   dtype)  # fmt: skip
+    return formats.get(format).dequantize(qt)
