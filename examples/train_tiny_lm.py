@@ -17,6 +17,7 @@ import torch
 from tiny_lm import corpus
 from tiny_lm.export import export, record, write_json
 from tiny_lm.model import Config, TinyLM, torch_attention
+from tiny_lm.plot import loss_svg
 from tiny_lm.train import Run, Settings, evaluate
 from tokenizers import Tokenizer
 
@@ -88,7 +89,11 @@ def main() -> int:
     model = TinyLM(config, torch_attention if args.attention == "torch" else gp.attention)
     run = Run(model, settings, args.out / "checkpoint.pt", args.device)
     if args.resume:
-        run.load()
+        try:
+            run.load()
+        except ValueError as error:
+            print(f"train_tiny_lm.py: {error}", file=sys.stderr)
+            return 2
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters,"
         f" {sum(map(len, train)) / 1e6:.2f} M training tokens, step {run.step} of {args.steps}"
@@ -104,6 +109,8 @@ def main() -> int:
         attention=args.attention,
     )  # fmt: skip
     write_json(folder / "training.json", result)
+    if run.curve:
+        (folder / "loss.svg").write_text(loss_svg(run.curve))
     print(
         f"held-out loss {result['heldout_loss']:.3f} nats per token"
         f" ({result['heldout_bits_per_byte']:.3f} bits per byte;"
@@ -114,4 +121,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before the first step; from then on Run.train sees to it
+        sys.exit(130)

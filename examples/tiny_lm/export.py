@@ -19,6 +19,7 @@ from .train import Run
 def export(model: TinyLM, config: Config, folder: Path) -> None:
     """Write config.json, generation_config.json and model.safetensors (fp16) into folder.
 
+    The model's own weights are rounded to what the file holds, so that its loss is the file's.
     Parameter names are transformers' own after the prefix `model.`; the head is the embedding.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,9 +27,10 @@ def export(model: TinyLM, config: Config, folder: Path) -> None:
         f"model.{name}": value.detach().to("cpu", torch.float16).contiguous()
         for name, value in model.named_parameters()
     }
-    for name, value in weights.items():
+    for (name, value), parameter in zip(weights.items(), model.parameters(), strict=True):
         if not value.isfinite().all():
             raise ValueError(f"export: {name} has values that fp16 cannot hold")
+        parameter.data.copy_(value)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"],

@@ -19,7 +19,7 @@ class Settings:
     """The recipe. From step `long_from * steps` on, sequences are `long_seqlen` tokens, of which a
     step takes fewer: long sequences cost more, and a short end is enough to learn them."""
 
-    steps: int = 2400
+    steps: int = 4200
     batch: int = 6
     seqlen: int = 512
     long_seqlen: int = 1024
@@ -95,6 +95,12 @@ class Run:
 
     def load(self) -> None:
         state = torch.load(self.file, map_location=self.device, weights_only=True)
+        if {k: v.shape for k, v in state["model"].items()} != {
+            k: v.shape for k, v in self.model.state_dict().items()
+        }:
+            raise ValueError(
+                f"{self.file} holds a model of another size: give it the same --layers"
+            )
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -149,9 +150,12 @@ def test_the_command_writes_a_model(tmp_path, main, capsys):
     assert "held-out loss" in capsys.readouterr().out
     record = json.loads((out / "model" / "training.json").read_text())
     assert record["step"] == 2 and record["heldout_loss"] < 9
+    assert len(ElementTree.parse(out / "model" / "loss.svg").getroot()) > 5
     with pytest.raises(SystemExit):
         main("--out", out, "--steps", 3, *size)
     assert "--resume" in capsys.readouterr().err
+    assert main("--out", out, "--steps", 3, "--resume", "--layers", 2) == 2
+    assert "--layers" in capsys.readouterr().err
     assert main("--out", out, "--steps", 3, "--resume", *size) == 0
     assert json.loads((out / "model" / "training.json").read_text())["step"] == 3
 
