@@ -19,7 +19,7 @@ class Settings:
     """The recipe. From step `long_from * steps` on, sequences are `long_seqlen` tokens, of which a
     step takes fewer: long sequences cost more, and a short end is enough to learn them."""
 
-    steps: int = 4200
+    steps: int = 3200
     batch: int = 6
     seqlen: int = 512
     long_seqlen: int = 1024

@@ -112,12 +112,13 @@ def test_indent_is_one_token(tokenizer):
 
 @torch.no_grad()
 def test_held_out_loss(model, windows):
-    """RECORD has the loss on all of the held-out text; another Python's text differs a little."""
+    """RECORD has the loss on all of the held-out text; 24 windows give 2.91 with
+    Python 3.11, 2.95 with 3.12 and 2.98 with 3.13, whose text differs a little."""
     ids, size = windows
     logits = model(ids).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
-    assert loss <= 3.5
-    assert loss * ids[:, 1:].numel() / size / math.log(2) <= 1.5  # bits per byte
+    assert loss <= 3.15
+    assert loss * ids[:, 1:].numel() / size / math.log(2) <= 1.3  # bits per byte
     assert RECORD["heldout_loss"] <= 3.4 and RECORD["unigram_entropy"] >= 6.4
 
 
