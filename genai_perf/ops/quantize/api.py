@@ -35,7 +35,7 @@ _DEQUANTIZE = Op(
     "(Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? nested_scale, Tensor? scale_offset, "
     "str format, int group_size, SymInt[] shape, ScalarType dtype, *, str? backend=None) -> Tensor",
     fake=lambda *args, backend=None: _fake_dequantize(*args),
-    backends=("native", "reference"),
+    backends=("cuda", "native", "reference"),
     entry="dequantize",
 )
 
@@ -87,7 +87,7 @@ def dequantize(qt: QuantizedTensor, dtype: torch.dtype | None = None, *,
     Args:
         qt: what `quantize` gave, or a checkpoint held.
         dtype: fp32, bf16 or fp16; `qt.dtype` by default.
-        backend: "native" or "reference"; the first that can run it by default.
+        backend: "cuda" (nf4 on a GPU), "native" or "reference"; the first that can run it.
 
     Returns:
         Tensor: of `qt.shape`.
