@@ -1,6 +1,7 @@
 """Checkpoint folders: read, validated, written; one dialect of quantized tensors per file."""
 
 from .checkpoints import Checkpoint, check_finite
+from .conversion import convert
 from .writer import ShardWriter
 
-__all__ = ["Checkpoint", "ShardWriter", "check_finite"]
+__all__ = ["Checkpoint", "ShardWriter", "check_finite", "convert"]

@@ -23,6 +23,7 @@ from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
 from ..formats.int4 import pack, unpack
 from .checkpoints import CONFIG, Checkpoint
+from .packing import row_bytes, transposed, words
 from .stored import Stored
 
 METHOD = "compressed-tensors"
@@ -93,10 +94,10 @@ def encode(name: str, qt: QuantizedTensor, *,
     if found.layout != "pack-quantized":
         return {f"{name}.weight": qt.qdata, **tensors}
     row = qt.qdata if found.format == "int4" else qt.qdata.view(torch.uint8) ^ 128
-    tensors[f"{name}.weight_packed"] = _words(row)
+    tensors[f"{name}.weight_packed"] = words(row)
     tensors[f"{name}.weight_shape"] = torch.tensor(list(qt.shape), dtype=torch.int64)
     if qt.zero_point is not None:
-        tensors[f"{name}.weight_zero_point"] = _words(pack(qt.zero_point.T)).T.contiguous()
+        tensors[f"{name}.weight_zero_point"] = transposed(words(pack(qt.zero_point.T)))
     return tensors
 
 
@@ -118,17 +119,19 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor],
     parts = {part: tensors[f"{name}.{part}"] for part in scheme.parts}
     scale, zero, bits = parts["weight_scale"], None, BITS[scheme.format]
     if scheme.layout == "pack-quantized":
-        n, k = (int(size) for size in parts["weight_shape"])
-        words = parts["weight_packed"]
-        _expect(f"{name}.weight_packed", words, torch.int32, (n, -(-k * bits // 32)))
-        row = words.contiguous().view(torch.uint8)[:, : -(-k * bits // 8)]
+        shape = parts["weight_shape"]
+        if shape.is_floating_point() or shape.numel() != 2 or int(shape.min()) < 0:
+            raise CheckpointError(f"{name}.weight_shape: must be two sizes, got {shape.tolist()}")
+        n, k = shape.flatten().tolist()
+        packed = parts["weight_packed"]
+        _expect(f"{name}.weight_packed", packed, torch.int32, (n, -(-k * bits // 32)))
+        row = row_bytes(packed)[:, : -(-k * bits // 8)]
         qdata = row if bits == 4 else (row ^ 128).view(torch.int8)
         if not scheme.symmetric:
             groups = scale.shape[-1]
-            packed = parts["weight_zero_point"]
-            _expect(f"{name}.weight_zero_point", packed, torch.int32, (-(-n * bits // 32), groups))
-            rows = packed.T.reshape(-1).view(torch.uint8).view(groups, -1)
-            zero = unpack(rows, n).T.contiguous()
+            zeros = parts["weight_zero_point"]
+            _expect(f"{name}.weight_zero_point", zeros, torch.int32, (-(-n * bits // 32), groups))
+            zero = transposed(unpack(row_bytes(transposed(zeros)), n))
     else:
         qdata = parts["weight"]
         if qdata.dim() != 2:
@@ -299,14 +302,6 @@ def _patterns(targets: Iterable, place: str) -> list[Callable[[str, str], bool]]
         else:
             found.append(lambda name, kind, target=target: target in (name, kind))
     return found
-
-
-def _words(row_bytes: torch.Tensor) -> torch.Tensor:
-    """Bytes of rows as little-endian int32 words, a row padded to whole words."""
-    rows, width = row_bytes.shape
-    if width % 4:
-        row_bytes = torch.nn.functional.pad(row_bytes, (0, -width % 4))
-    return row_bytes.reshape(-1).view(torch.int32).view(rows, -1)
 
 
 def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
 from ..formats.int4 import unpack
 from .checkpoints import CONFIG, Checkpoint
+from .packing import row_bytes, transposed, words
 from .stored import Stored
 
 METHOD = "gptq"
@@ -56,12 +57,11 @@ def encode(name: str, qt: QuantizedTensor) -> dict[str, torch.Tensor]:
                 f"{name}: {METHOD} needs {what}, got {n} x {k}, groups of {group}"
             )
     row = qt.qdata if bits == 4 else qt.qdata.view(torch.uint8) ^ 128
-    words = row.contiguous().view(torch.int32)
     zero = int.from_bytes(bytes([0x77 if bits == 4 else 0x7F] * 4), "little")
     return {
-        f"{name}.qweight": words.T.contiguous(),
+        f"{name}.qweight": transposed(words(row)),
         f"{name}.qzeros": torch.full((k // group, n // per_word), zero, dtype=torch.int32),
-        f"{name}.scales": _half(name, qt.scale).T.contiguous(),
+        f"{name}.scales": transposed(_half(name, qt.scale)),
         f"{name}.g_idx": torch.arange(k, dtype=torch.int32) // group,
     }
 
@@ -110,13 +110,15 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], *, bits: int, group_s
         CheckpointError: shapes that do not agree, inputs in another order than that of their
             groups, zero points that int4 or int8 cannot hold.
     """
-    words, zeros, scales = (tensors[f"{name}.{part}"] for part in _PARTS[:3])
+    codes, zeros, scales = (tensors[f"{name}.{part}"] for part in _PARTS[:3])
     per_word = 32 // bits
-    k, n = words.shape[0] * per_word, words.shape[-1]
+    if codes.dim() != 2:
+        raise CheckpointError(f"{name}.qweight: must be 2-d, got {list(codes.shape)}")
+    k, n = codes.shape[0] * per_word, codes.shape[1]
     group = k if group_size == -1 else group_size
     groups = -(-k // group)
     for part, tensor, dtypes, shape in (
-        ("qweight", words, (torch.int32,), (k // per_word, n)),
+        ("qweight", codes, (torch.int32,), (k // per_word, n)),
         ("qzeros", zeros, (torch.int32,), (groups, -(-n // per_word))),
         ("scales", scales, FLOATS, (groups, n)),
     ):
@@ -127,16 +129,15 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], *, bits: int, group_s
     if order is not None and not torch.equal(order.long(), torch.arange(k) // group):
         raise CheckpointError(f"{name}.g_idx: inputs out of the order of their groups "
                               f"(desc_act) are not supported")  # fmt: skip
-    row = words.T.contiguous().view(torch.uint8)
-    zero = zeros.contiguous().view(torch.uint8)
-    zero = (unpack(zero, n) if bits == 4 else zero[:, :n]).T.int() + (version == 1)
+    row, zero = row_bytes(transposed(codes)), row_bytes(zeros)
+    zero = transposed(unpack(zero, n) if bits == 4 else zero[:, :n]).int() + (version == 1)
     default, form = (8, "int4") if bits == 4 else (128, "int8")
-    scale, zero_point = scales.T.contiguous(), None
+    scale, zero_point = transposed(scales), None
     if bool((zero != default).any()):
         if bits == 8 or bool((zero > 15).any()):
             raise CheckpointError(f"{name}.qzeros: zero points that {form} cannot hold: "
                                   f"{int(zero.min())} to {int(zero.max())}")  # fmt: skip
-        zero_point = zero.to(torch.uint8).contiguous()
+        zero_point = zero.to(torch.uint8)
     if bits == 8:
         if groups > 1:
             raise CheckpointError(f"{name}: 8-bit {METHOD} in groups of {group} is not supported")

@@ -10,7 +10,6 @@ import json
 import math
 import mmap
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,14 +130,14 @@ def join_files(files: list[Path], target: Path) -> None:
     """Joins safetensors files into one by copying bytes: no tensor enters memory."""
     infos = {name: info for file in files for name, info in read_header(file).items()}
     infos = dict(sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize))
-    with open(target, "wb") as out, ExitStack() as stack:
-        streams = {file: stack.enter_context(open(file, "rb")) for file in files}
+    with open(target, "wb") as out:
         out.write(_pack_header((name, i.dtype, i.shape) for name, i in infos.items()))
         for info in infos.values():
-            stream, left = streams[info.file], info.nbytes
-            stream.seek(info.start)
-            while left:
-                left -= out.write(stream.read(min(left, 1 << 20)))
+            with open(info.file, "rb") as stream:  # one at a time: there may be thousands
+                stream.seek(info.start)
+                left = info.nbytes
+                while left:
+                    left -= out.write(stream.read(min(left, 1 << 20)))
 
 
 def _pack_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:

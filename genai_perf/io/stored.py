@@ -11,7 +11,7 @@ from .checkpoints import Checkpoint, check_finite
 
 @dataclass(frozen=True)
 class Stored:
-    """keys: the tensors of the layer; decode: the weight made of them, shapes and dtypes checked."""
+    """keys: the tensors of the layer; decode: the weight, shapes and dtypes checked."""
 
     keys: tuple[str, ...]
     decode: Callable[[Mapping[str, torch.Tensor]], QuantizedTensor]
