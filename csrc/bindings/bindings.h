@@ -16,3 +16,4 @@ inline T* as_pointer(std::uintptr_t address) {
 }
 
 void bind_attention(py::module_& m);
+void bind_quant_matmul(py::module_& m);

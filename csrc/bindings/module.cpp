@@ -20,4 +20,5 @@ PYBIND11_MODULE(_C, m) {
   });
   bind_attention(m);
   bind_quantize(m);
+  bind_quant_matmul(m);
 }

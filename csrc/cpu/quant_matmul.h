@@ -1,0 +1,50 @@
+// y = x @ W^T + bias and dx = dy @ W, straight from the packed bytes of a quantized W (n, k).
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cpu/isa.h"
+
+namespace gp {
+
+enum class QuantFormat : int { int8 = 0, fp8 = 1, fp8_e5m2 = 2, nf4 = 3, int4 = 4 };
+
+// The components of a QuantizedTensor; layouts as in genai_perf/formats.
+struct QuantWeight {
+  QuantFormat format;
+  int64_t n, k;
+  const uint8_t* qdata;
+  const void* scale;  // of scale_dtype; uint8 codes of dynamic_map when nested_scale is there
+  DType scale_dtype;
+  const uint8_t* zero_point;  // int4: null means 8
+  const float* nested_scale;  // nf4: one for 256 scales, null without double quantization
+  const float* dynamic_map;   // nf4: 256 values
+  const float* scale_offset;  // nf4: one value
+  int64_t group_size;         // int4, nf4: elements of a scale (-1: a row); fp8: -1, 0 or 128
+};
+
+// Forward: x (m, k), y (m, n). Backward: x is dy (m, n), y is dx (m, k), bias is null.
+struct QuantMatmulArgs {
+  QuantWeight w;
+  int64_t m;
+  const void* x;
+  void* y;
+  DType dtype;       // of x and y
+  const void* bias;  // (n) or null
+  DType bias_dtype;
+  int threads;
+};
+
+// At most this many rows of x go through the kernels that never write dequantized weights.
+constexpr int64_t QUANT_MATMUL_FEW_ROWS = 8;
+
+// All return false when scratch memory is not to be had. Results do not depend on `threads`.
+GP_DECLARE_KERNEL(bool, quant_matmul_forward, const QuantMatmulArgs&)
+GP_DECLARE_KERNEL(bool, quant_matmul_backward, const QuantMatmulArgs&)
+// What quant_matmul_forward chooses from.
+GP_DECLARE_KERNEL(bool, quant_matmul_few_4bit, const QuantMatmulArgs&)
+GP_DECLARE_KERNEL(bool, quant_matmul_few_8bit, const QuantMatmulArgs&)
+GP_DECLARE_KERNEL(bool, quant_matmul_many, const QuantMatmulArgs&)
+
+}  // namespace gp

@@ -1,0 +1,121 @@
+// Many rows of x: W is decoded once for a few hundred rows of x, a panel of rows by a block of
+// columns at a time, into a tile that stays in the second-level cache; the product of the tile is
+// then a dense one. Vectors run over rows of x, which is transposed once, so that a tile is used in
+// the order in which it is decoded.
+//
+// Each output is a sum over blocks of 256 columns in order, within a block one column after the
+// other: the same for any number of rows and any place of a row among them.
+#include "common/parallel.h"
+#include "cpu/quant_matmul_decode.h"
+
+namespace gp {
+namespace GP_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int NR = 12, MV = 2;
+#elif defined(__AVX2__)
+constexpr int NR = 6, MV = 2;
+#else
+constexpr int NR = 4, MV = 4;
+#endif
+constexpr int MB = MV * VL;       // rows of x in a register tile
+constexpr int PANEL = 48;         // rows of W in a decoded tile, a multiple of NR
+constexpr int64_t KB = 256;       // columns of W in a decoded tile
+constexpr int64_t M_CHUNK = 512;  // rows of x that share one decoding
+
+// c[r][0..V*VL) (+)= sum over k of w[r][k] * x[k][0..V*VL), for NR rows of the tile.
+template <int V>
+void tile_product(int64_t kc, const float* w, const float* x, float* c, int64_t c_stride, bool add) {
+  vf acc[NR][V];
+  for (int r = 0; r < NR; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = v_zero();
+  for (int64_t k = 0; k < kc; ++k) {
+    vf xv[V];
+    for (int v = 0; v < V; ++v) xv[v] = v_load(x + k * MB + v * VL);
+    for (int r = 0; r < NR; ++r) {
+      const vf b = v_set(w[r * KB + k]);
+      for (int v = 0; v < V; ++v) acc[r][v] = v_fma(b, xv[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < NR; ++r)
+    for (int v = 0; v < V; ++v) {
+      float* p = c + r * c_stride + v * VL;
+      v_store(p, add ? v_add(v_load(p), acc[r][v]) : acc[r][v]);
+    }
+}
+
+// x rows m0.. of one register tile, transposed: out[k][0..MB), zeros after row m.
+void pack_rows(const QuantMatmulArgs& a, int64_t m0, int64_t m, float* row, float* out) {
+  const int64_t k = a.w.k;
+  for (int64_t r = 0; r < MB; ++r) {
+    if (m0 + r < m) {
+      load_row(row, offset(a.x, (m0 + r) * k, a.dtype), k, a.dtype);
+      for (int64_t i = 0; i < k; ++i) out[i * MB + r] = row[i];
+    } else {
+      for (int64_t i = 0; i < k; ++i) out[i * MB + r] = 0.0f;
+    }
+  }
+}
+
+}  // namespace
+
+bool quant_matmul_many(const QuantMatmulArgs& a) {
+  const QuantWeight& w = a.w;
+  const int64_t n = w.n, k = w.k;
+  const int64_t chunk = a.m < M_CHUNK ? a.m : M_CHUNK;
+  const int64_t tiles = (chunk + MB - 1) / MB;
+  const int64_t threads = a.threads;
+  Scratch packed(tiles * MB * k * 4), rows(threads * k * 4), wtile(threads * PANEL * KB * 4),
+      sums(threads * PANEL * tiles * MB * 4);
+  if (!packed.ok() || !rows.ok() || !wtile.ok() || !sums.ok()) return false;
+  const Decoder decoder(w);
+  float* xp = packed.as<float>();
+  for (int64_t m0 = 0; m0 < a.m; m0 += M_CHUNK) {
+    const int64_t m_end = m0 + M_CHUNK < a.m ? m0 + M_CHUNK : a.m;
+    const int64_t used = (m_end - m0 + MB - 1) / MB;
+    parallel_for(used, a.threads, [&](int64_t t, int thread) {
+      pack_rows(a, m0 + t * MB, m_end, rows.as<float>() + thread * k, xp + t * MB * k);
+    });
+    parallel_for((n + PANEL - 1) / PANEL, a.threads, [&](int64_t item, int thread) {
+      const KeepSubnormals keep;
+      float* tile = wtile.as<float>() + thread * PANEL * KB;
+      float* c = sums.as<float>() + thread * PANEL * tiles * MB;
+      const int64_t n0 = item * PANEL, c_stride = tiles * MB;
+      const int64_t nn = n - n0 < PANEL ? n - n0 : PANEL;
+      for (int64_t k0 = 0; k0 < k; k0 += KB) {
+        const int64_t kc = k - k0 < KB ? k - k0 : KB;
+        for (int64_t r = 0; r < nn; ++r) decoder.row(n0 + r, k0, kc, tile + r * KB);
+        for (int64_t r = nn; r % NR != 0; ++r) std::memset(tile + r * KB, 0, size_t(kc) * 4);
+        for (int64_t t = 0; t < used; ++t) {
+          const float* x = xp + t * MB * k + k0 * MB;
+          const bool narrow = m_end - m0 - t * MB <= VL;
+          for (int64_t r = 0; r < nn; r += NR) {
+            float* at = c + r * c_stride + t * MB;
+            if (narrow) tile_product<1>(kc, tile + r * KB, x, at, c_stride, k0 > 0);
+            else tile_product<MV>(kc, tile + r * KB, x, at, c_stride, k0 > 0);
+          }
+        }
+      }
+      float bias[PANEL];
+      for (int64_t r = 0; r < nn; ++r)
+        bias[r] = a.bias ? load_one(a.bias, n0 + r, a.bias_dtype) : 0.0f;
+      for (int64_t m = m0; m < m_end; ++m) {
+        float y[PANEL];
+        for (int64_t r = 0; r < nn; ++r) y[r] = c[r * c_stride + m - m0] + bias[r];
+        store_row(offset(a.y, m * n + n0, a.dtype), y, nn, a.dtype);
+      }
+    });
+  }
+  return true;
+}
+
+bool quant_matmul_forward(const QuantMatmulArgs& a) {
+  const KeepSubnormals keep;
+  if (a.m > QUANT_MATMUL_FEW_ROWS) return quant_matmul_many(a);
+  const bool four_bit = a.w.format == QuantFormat::nf4 || a.w.format == QuantFormat::int4;
+  return four_bit ? quant_matmul_few_4bit(a) : quant_matmul_few_8bit(a);
+}
+
+}  // namespace GP_ISA
+}  // namespace gp

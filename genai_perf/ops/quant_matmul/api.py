@@ -1,0 +1,107 @@
+"""gp.quant_matmul: its checks, its two ops (forward, gradient for x) and their autograd."""
+
+import torch
+
+from ..._checks import check_choice, check_dtype, check_ndim, check_same, check_tensor, fail
+from ..._dispatch import Op
+from ...formats import FORMATS, QuantizedTensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_WEIGHT = ("Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? nested_scale, "
+           "Tensor? scale_offset")  # fmt: skip
+
+
+def _fake_forward(x, qdata, scale, zero_point, nested_scale, scale_offset, bias,
+                  format, group_size, n, *, backend=None):  # fmt: skip
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _fake_backward(dy, qdata, scale, zero_point, nested_scale, scale_offset,
+                   format, group_size, k, *, backend=None):  # fmt: skip
+    return dy.new_empty((*dy.shape[:-1], k))
+
+
+QUANT_MATMUL = Op(
+    __package__,
+    "quant_matmul",
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, str format, int group_size, SymInt n, "
+    "*, str? backend=None) -> Tensor",
+    fake=_fake_forward,
+    backends=("native", "reference"),
+)
+QUANT_MATMUL_BACKWARD = Op(
+    __package__,
+    "quant_matmul_backward",
+    f"(Tensor dy, {_WEIGHT}, str format, int group_size, SymInt k, "
+    "*, str? backend=None) -> Tensor",
+    fake=_fake_backward,
+    backends=("native", "reference"),
+    entry="backward",
+)
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
+    x, *weight, bias, ctx.format, ctx.group_size, _ = inputs
+    ctx.k, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+    ctx.backend = keyword_only_inputs["backend"]
+    ctx.save_for_backward(*weight)
+
+
+def _backward(ctx, dy):
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = QUANT_MATMUL_BACKWARD(dy, *ctx.saved_tensors, ctx.format, ctx.group_size, ctx.k,
+                                   backend=ctx.backend)  # fmt: skip
+    if ctx.needs_input_grad[6]:
+        dbias = dy.reshape(-1, dy.shape[-1]).float().sum(0).to(ctx.bias_dtype)
+    return dx, None, None, None, None, None, dbias, None, None, None
+
+
+QUANT_MATMUL.register_autograd(_backward, setup_context=_setup_context)
+
+
+def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor | None = None,
+                 *, backend: str | None = None) -> torch.Tensor:  # fmt: skip
+    """x @ dequant(W)^T + bias without ever holding the dequantized W.
+
+    y[..., n] = sum_k x[..., k] * W[n, k] + bias[n], products and sums in fp32, rounded once.
+    The weight gets no gradient; x and bias do.
+
+    Args:
+        x: (..., K), fp32, bf16 or fp16.
+        qweight: W of shape (N, K), in any format of `genai_perf.formats`.
+        bias: (N), fp32, bf16 or fp16, or None.
+        backend: "native" or "reference"; None takes the first that can run the call.
+
+    Returns:
+        (..., N), of the dtype of x. The same bits for any number of threads, and for a row of x
+        alone or among up to 8 rows, or among any number above 8.
+
+    Raises:
+        ValueError: a shape, dtype, device or format does not fit.
+        BackendUnsupported: the named backend cannot run this call.
+
+    Source: QLoRA, arXiv:2305.14314, section 3 (a product over stored 4-bit weights).
+    """
+    op = "quant_matmul"
+    if not isinstance(qweight, QuantizedTensor):
+        raise TypeError(f"{op}: qweight must be a QuantizedTensor, got {type(qweight).__name__}")
+    check_tensor(op, x=x)
+    check_dtype(op, FLOATS, x=x)
+    check_choice(op, "qweight.format", qweight.format, tuple(FORMATS))
+    if len(qweight.shape) != 2:
+        fail(op, "qweight", "of shape (N, K)", f"shape {tuple(qweight.shape)}")
+    n, k = qweight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        fail(op, "x", f"(..., {k}) for a weight of shape {(n, k)}", f"shape {tuple(x.shape)}")
+    check_same(op, "device", x=x, qweight=qweight)
+    if bias is not None:
+        check_tensor(op, bias=bias)
+        check_dtype(op, FLOATS, bias=bias)
+        check_ndim(op, 1, f"({n},)", bias=bias)
+        if bias.shape[0] != n:
+            fail(op, "bias", f"of shape ({n},)", f"shape {tuple(bias.shape)}")
+        check_same(op, "device", x=x, bias=bias)
+    return QUANT_MATMUL(x, qweight.qdata, qweight.scale, qweight.zero_point, qweight.nested_scale,
+                        qweight.scale_offset, bias, qweight.format, qweight.group_size, n,
+                        backend=backend)  # fmt: skip

@@ -1,0 +1,34 @@
+"""The oracle: the weight dequantized by its reference codec, and a dense product in fp32."""
+
+import torch
+
+from ...formats import QuantizedTensor
+
+
+def weight(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape):
+    """The dequantized weight, fp32 (n, k)."""
+    return QuantizedTensor(
+        format, torch.Size(shape), torch.float32, qdata, scale, zero_point,
+        group_size, nested_scale, scale_offset,
+    ).dequantize()  # fmt: skip
+
+
+def why_not(*args) -> None:
+    return None
+
+
+def forward(x, qdata, scale, zero_point, nested_scale, scale_offset, bias, format, group_size, n):
+    shape = (n, x.shape[-1])
+    w = weight(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape)
+    y = x.float() @ w.T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def why_not_backward(*args) -> None:
+    return None
+
+
+def backward(dy, qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, k):
+    shape = (dy.shape[-1], k)
+    w = weight(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape)
+    return (dy.float() @ w).to(dy.dtype)
