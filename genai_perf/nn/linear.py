@@ -1,0 +1,177 @@
+"""QuantLinear: nn.Linear that computes from a quantized weight."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from .._checks import fail
+from .._errors import CheckpointError
+from ..formats import QuantizedTensor, get
+from ..formats.base import COMPONENTS, FLOATS
+from ..ops.quant_matmul import quant_matmul
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """A format and its options, as the keywords of `genai_perf.quantize`."""
+
+    format: str
+    group_size: int | None = None
+    double_quant: bool = False
+    symmetric: bool = True
+    granularity: str | None = None
+    scale_dtype: torch.dtype | None = None
+
+    def __post_init__(self):
+        self._codec().spec(**self._options())
+
+    def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
+        return self._codec().quantize(weight, **self._options())
+
+    def _codec(self):
+        return get(self.format)
+
+    def _options(self) -> dict:
+        return {name: value for name, value in asdict(self).items() if name != "format"}
+
+    @classmethod
+    def of(cls, config: "str | QuantConfig") -> "QuantConfig":
+        return config if isinstance(config, cls) else cls(config)
+
+
+class QuantizedWeight(nn.Module):
+    """The components of a QuantizedTensor as buffers, `qdata`, `scale`, ..., and `meta`.
+
+    `.to(dtype)` changes what `dtype` says and never the components; `.to(device)` moves them.
+    """
+
+    def __init__(self, qweight: QuantizedTensor):
+        super().__init__()
+        for name in (*COMPONENTS, "meta"):
+            self.register_buffer(name, None)
+        self._take(qweight)
+
+    def _take(self, qweight: QuantizedTensor) -> None:
+        self.format, self.group_size = qweight.format, qweight.group_size
+        self.shape, self.dtype = qweight.shape, qweight.dtype
+        for name, tensor in qweight.state_dict().items():
+            self._buffers[name] = tensor.to(qweight.device)
+        for name in set(COMPONENTS) - qweight.components().keys():
+            self._buffers[name] = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.qdata.device
+
+    def tensor(self) -> QuantizedTensor:
+        """The quantized weight; its components are the buffers themselves."""
+        return QuantizedTensor(self.format, self.shape, self.dtype, self.qdata, self.scale,
+                               self.zero_point, self.group_size, self.nested_scale,
+                               self.scale_offset)  # fmt: skip
+
+    def _apply(self, fn, recurse=True):
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                same = moved.dtype == buffer.dtype
+                self._buffers[name] = moved if same else buffer.to(moved.device)
+        asked = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        if asked != self.dtype and asked in FLOATS:
+            self.dtype = asked
+            state = self.tensor().state_dict()
+            self.meta = state["meta"].to(self.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict,
+                              missing_keys, unexpected_keys, error_msgs):  # fmt: skip
+        ours = {key for key in state_dict if key.startswith(prefix)}
+        needed = {prefix + name for name in ("qdata", "scale", "meta")}
+        if not needed <= ours:
+            missing_keys.extend(sorted(needed - ours))
+            return
+        unexpected_keys.extend(sorted(ours - {prefix + n for n in (*COMPONENTS, "meta")}))
+        try:
+            loaded = QuantizedTensor.from_state_dict(state_dict, prefix)
+        except CheckpointError as error:
+            error_msgs.append(str(error))
+            return
+        if loaded.shape != self.shape:
+            error_msgs.append(f"quantized tensor: {prefix}meta must be of shape "
+                              f"{tuple(self.shape)}, got {tuple(loaded.shape)}")  # fmt: skip
+            return
+        if not local_metadata.get("assign_to_params_buffers", False):
+            loaded = loaded.to(self.device)
+            for name, tensor in loaded.components().items():
+                setattr(loaded, name, tensor.clone())
+        self._take(loaded)
+
+    def extra_repr(self) -> str:
+        qweight = self.tensor()
+        bits = 8 * qweight.nbytes / max(1, self.shape.numel())
+        return (
+            f"{self.format}, shape={tuple(self.shape)}, group_size={self.group_size}, "
+            f"{qweight.nbytes} bytes, {bits:.2f} bits a weight"
+        )
+
+
+class QuantLinear(nn.Module):
+    """y = x @ dequant(W)^T + bias with W kept quantized, in the place of nn.Linear.
+
+    state_dict holds plain tensors: `weight.qdata`, `weight.scale`, ..., `weight.meta` and `bias`.
+    x and bias get gradients, the weight none.
+
+    Args:
+        in_features, out_features: K and N.
+        qweight: quantized weight of shape (N, K).
+        bias: (N) or None; a Parameter is kept as it is.
+    """
+
+    def __init__(self, in_features: int, out_features: int, qweight: QuantizedTensor,
+                 bias: torch.Tensor | None = None):  # fmt: skip
+        super().__init__()
+        if tuple(qweight.shape) != (out_features, in_features):
+            fail("QuantLinear", "qweight", f"of shape {(out_features, in_features)}",
+                 f"shape {tuple(qweight.shape)}")  # fmt: skip
+        if bias is not None and tuple(bias.shape) != (out_features,):
+            fail("QuantLinear", "bias", f"of shape {(out_features,)}", f"shape {tuple(bias.shape)}")
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = QuantizedWeight(qweight)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_float(cls, linear: nn.Module, config: str | QuantConfig) -> "QuantLinear":
+        """A quantized copy of an nn.Linear, or of transformers' Conv1D (weight stored (K, N)).
+
+        Args:
+            linear: the layer; it is left as it is, and its bias is shared.
+            config: a format name, such as "nf4", or a QuantConfig.
+
+        Raises:
+            ValueError: another kind of layer, or a weight with an infinity or NaN.
+        """
+        weight = dense_weight(linear)
+        if weight is None:
+            fail("QuantLinear", "linear", "an nn.Linear or a Conv1D", type(linear).__name__)
+        n, k = weight.shape
+        return cls(k, n, QuantConfig.of(config).quantize(weight), linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return quant_matmul(x, self.weight.tensor(), self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor | None:
+    """The (N, K) weight of an nn.Linear or of transformers' Conv1D; None for anything else."""
+    if type(module) is nn.Linear:
+        return module.weight.detach()
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2:
+        return module.weight.detach().T.contiguous()
+    return None

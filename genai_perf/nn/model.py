@@ -1,0 +1,125 @@
+"""quantize_model: every Linear of a model replaced, and a record of what was not and why."""
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .linear import QuantConfig, QuantLinear, dense_weight
+
+DEFAULT_SKIP = ("lm_head",)
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """What quantize_model did: `quantized` by layer name to format, `skipped` to the reason."""
+
+    quantized: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"quantized {len(self.quantized)} layers, skipped {len(self.skipped)}"]
+        return "\n".join(lines + [f"  {name}: {why}" for name, why in self.skipped.items()])
+
+
+def quantize_model(model: nn.Module, config: str | QuantConfig, *,
+                   skip: Collection[str] = DEFAULT_SKIP) -> nn.Module:  # fmt: skip
+    """Replaces the Linear and Conv1D layers of `model` by QuantLinear, in place.
+
+    Args:
+        model: any module; a failure leaves it as it was.
+        config: a format name, such as "nf4", or a QuantConfig.
+        skip: layers to leave dense, each as a run of dotted name parts ("lm_head",
+            "layers.0.mlp"); every entry other than the default must match a layer.
+
+    Returns:
+        The model, with `model.quantization_record` (QuantizationRecord) naming every quantized
+        layer, and every skipped one with its reason. What was skipped without being asked for is
+        also said in one warning.
+
+    Raises:
+        ValueError: nothing to quantize, a `skip` entry that matches nothing, or a weight with an
+            infinity or NaN (named).
+    """
+    config = QuantConfig.of(config)
+    if isinstance(skip, str):
+        skip = (skip,)
+    layers = {name: module for name, module in model.named_modules(remove_duplicate=False)
+              if isinstance(module, nn.Linear) or dense_weight(module) is not None}  # fmt: skip
+    for entry in skip:
+        if entry not in DEFAULT_SKIP and not any(_matches(entry, name) for name in layers):
+            raise ValueError(f"quantize_model: skip entry {entry!r} matches no layer of the model")
+    record = QuantizationRecord()
+    unasked = _three_dimensional(model)
+    owners = _owners(model)
+    made: dict[int, QuantLinear] = {}
+    for name, module in layers.items():
+        asked = next((entry for entry in skip if _matches(entry, name)), None)
+        if asked is not None:
+            record.skipped[name] = f"asked for by skip={asked!r}"
+        elif (reason := _why_not(module, owners)) is not None:
+            unasked[name] = reason
+        else:
+            if id(module) not in made:
+                made[id(module)] = _quantized(name, module, config)
+            record.quantized[name] = config.format
+    record.skipped.update(unasked)
+    if not record.quantized:
+        raise ValueError(f"quantize_model: nothing to quantize in {type(model).__name__} "
+                         f"({len(record.skipped)} layers skipped): {record.skipped}")  # fmt: skip
+    if unasked:
+        warnings.warn("quantize_model leaves dense: " + "; ".join(
+            f"{name} ({why})" for name, why in unasked.items()), stacklevel=2)  # fmt: skip
+    if id(model) in made:
+        model = made[id(model)]
+    else:
+        for name in record.quantized:
+            parent, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            setattr(owner, leaf, made[id(layers[name])])
+    model.quantization_record = record
+    return model
+
+
+def _matches(entry: str, name: str) -> bool:
+    return f".{entry}." in f".{name}."
+
+
+def _quantized(name: str, module: nn.Module, config: QuantConfig) -> QuantLinear:
+    try:
+        made = QuantLinear.from_float(module, config)
+    except ValueError as error:
+        raise ValueError(f"quantize_model: {name or 'the model'}: {error}") from error
+    return made.train(module.training)
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names under which each parameter stands in distinct modules."""
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{prefix}.{name}".lstrip("."))
+    return owners
+
+
+def _why_not(module: nn.Module, owners: dict[int, list[str]]) -> str | None:
+    if dense_weight(module) is None:
+        return f"{type(module).__name__} is a subclass of Linear whose users may read its weight"
+    if len(names := owners[id(module.weight)]) > 1:
+        return f"its weight is shared: {', '.join(names)}"
+    if module.weight.is_meta:
+        return "its weight is on the meta device"
+    return None
+
+
+def _three_dimensional(model: nn.Module) -> dict[str, str]:
+    """Fused expert weights and the like: 3-D parameters of modules that torch does not define."""
+    return {
+        f"{prefix}.{name}".lstrip("."): f"a parameter of shape {tuple(parameter.shape)}, not a layer"
+        for prefix, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn.")
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
