@@ -26,7 +26,11 @@ struct Pool {
   std::vector<std::thread> workers;
   std::atomic<uint64_t> generation{0};
   std::atomic<int64_t> next{0};
-  std::atomic<int> active{0};
+  // A run waits for the workers that are at work on it, not for those that never woke: on a busy
+  // machine these may be milliseconds away. A worker says that it is inside, then looks whether the
+  // run is still open; the caller closes the run, then looks whether anybody is inside.
+  std::atomic<bool> open{false};
+  std::atomic<int> inside{0};
   int64_t items = 0;
   int threads = 1;
   void (*fn)(void*, int64_t, int) = nullptr;
@@ -53,8 +57,9 @@ struct Pool {
         wake.wait(lock, [&] { return generation.load(std::memory_order_acquire) != seen; });
       }
       seen = generation.load(std::memory_order_acquire);
-      if (thread < threads) work(thread);
-      active.fetch_sub(1, std::memory_order_acq_rel);
+      inside.fetch_add(1);
+      if (open.load() && thread < threads) work(thread);
+      inside.fetch_sub(1);
     }
   }
 
@@ -69,15 +74,16 @@ struct Pool {
       const int id = static_cast<int>(workers.size()) + 1;
       workers.emplace_back([this, id, seen] { loop(id, seen); });
     }
-    active.store(static_cast<int>(workers.size()), std::memory_order_release);
+    open.store(true);
     {
       std::lock_guard<std::mutex> lock(mutex);
       generation.store(seen + 1, std::memory_order_release);
     }
     wake.notify_all();
     work(0);
+    open.store(false);
     int spins = 0;
-    while (active.load(std::memory_order_acquire) > 0) {
+    while (inside.load() > 0) {
       if (++spins < 4000) GP_PAUSE(); else std::this_thread::yield();
     }
   }
