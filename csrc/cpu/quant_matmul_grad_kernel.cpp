@@ -1,6 +1,6 @@
 // dx = dy @ W: panels of columns of W, decoded a block of rows at a time into a tile that stays in
-// the second-level cache; vectors run over the columns. Each output is a sum over blocks of 128 rows
-// of W in order, within a block one row after the other.
+// the second-level cache; vectors run over the columns. Each output is a sum over runs of 64 rows of
+// W in order, within a run one row after the other.
 #include "common/parallel.h"
 #include "cpu/quant_matmul_decode.h"
 
@@ -18,6 +18,7 @@ constexpr int MR = 4, KV = 4;
 constexpr int KT = KV * VL;       // columns in a register tile
 constexpr int64_t PANEL = 128;    // columns of W in a decoded tile, a multiple of KT
 constexpr int64_t NB = 128;       // rows of W in a decoded tile
+constexpr int64_t RUN = 64;       // rows of W summed in registers
 constexpr int64_t M_CHUNK = 256;  // rows of dy that share one decoding
 
 // c[i][0..KT) (+)= sum over r of dy[i][r] * w[r][0..KT), for R rows of dy.
@@ -77,7 +78,9 @@ bool quant_matmul_backward(const QuantMatmulArgs& a) {
           std::memset(tile + r * PANEL + kk, 0, size_t(PANEL - kk) * 4);
         }
         for (int64_t t = 0; t < kk; t += KT)
-          rows_product(mm, nn, dy + n0, n, tile + t, c + t, n0 > 0);
+          for (int64_t r = 0; r < nn; r += RUN)
+            rows_product(mm, nn - r < RUN ? nn - r : RUN, dy + n0 + r, n, tile + r * PANEL + t, c + t,
+                         n0 + r > 0);
       }
       for (int64_t i = 0; i < mm; ++i)
         store_row(offset(a.y, (m0 + i) * k + k0, a.dtype), c + i * PANEL, kk, a.dtype);

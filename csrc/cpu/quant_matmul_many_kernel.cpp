@@ -3,8 +3,9 @@
 // then a dense one. Vectors run over rows of x, which is transposed once, so that a tile is used in
 // the order in which it is decoded.
 //
-// Each output is a sum over blocks of 256 columns in order, within a block one column after the
-// other: the same for any number of rows and any place of a row among them.
+// Each output is a sum over runs of 64 columns in order, within a run one column after the other:
+// the same for any number of rows and any place of a row among them. (One run for all 256 columns of
+// a tile is 3 % faster and doubles the rounding error.)
 #include "common/parallel.h"
 #include "cpu/quant_matmul_decode.h"
 
@@ -22,6 +23,7 @@ constexpr int NR = 4, MV = 4;
 constexpr int MB = MV * VL;       // rows of x in a register tile
 constexpr int PANEL = 48;         // rows of W in a decoded tile, a multiple of NR
 constexpr int64_t KB = 256;       // columns of W in a decoded tile
+constexpr int64_t RUN = 64;       // columns summed in registers
 constexpr int64_t M_CHUNK = 512;  // rows of x that share one decoding
 
 // c[r][0..V*VL) (+)= sum over k of w[r][k] * x[k][0..V*VL), for NR rows of the tile.
@@ -92,8 +94,12 @@ bool quant_matmul_many(const QuantMatmulArgs& a) {
           const bool narrow = m_end - m0 - t * MB <= VL;
           for (int64_t r = 0; r < nn; r += NR) {
             float* at = c + r * c_stride + t * MB;
-            if (narrow) tile_product<1>(kc, tile + r * KB, x, at, c_stride, k0 > 0);
-            else tile_product<MV>(kc, tile + r * KB, x, at, c_stride, k0 > 0);
+            for (int64_t i = 0; i < kc; i += RUN) {
+              const int64_t run = kc - i < RUN ? kc - i : RUN;
+              const float* wr = tile + r * KB + i;
+              if (narrow) tile_product<1>(run, wr, x + i * MB, at, c_stride, k0 + i > 0);
+              else tile_product<MV>(run, wr, x + i * MB, at, c_stride, k0 + i > 0);
+            }
           }
         }
       }

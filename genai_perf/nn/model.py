@@ -117,9 +117,12 @@ def _why_not(module: nn.Module, owners: dict[int, list[str]]) -> str | None:
 def _three_dimensional(model: nn.Module) -> dict[str, str]:
     """Fused expert weights and the like: 3-D parameters of modules that torch does not define."""
     return {
-        f"{prefix}.{name}".lstrip("."): f"a parameter of shape {tuple(parameter.shape)}, not a layer"
+        f"{prefix}.{name}".lstrip(
+            "."
+        ): f"a parameter of shape {tuple(parameter.shape)}, not a layer"
         for prefix, module in model.named_modules()
         if not type(module).__module__.startswith("torch.nn.")
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if parameter.dim() == 3
+        and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
     }

@@ -32,8 +32,7 @@ QUANT_MATMUL = Op(
 QUANT_MATMUL_BACKWARD = Op(
     __package__,
     "quant_matmul_backward",
-    f"(Tensor dy, {_WEIGHT}, str format, int group_size, SymInt k, "
-    "*, str? backend=None) -> Tensor",
+    f"(Tensor dy, {_WEIGHT}, str format, int group_size, SymInt k, *, str? backend=None) -> Tensor",
     fake=_fake_backward,
     backends=("native", "reference"),
     entry="backward",

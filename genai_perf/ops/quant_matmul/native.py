@@ -6,6 +6,8 @@ from ..._backends import native
 from ..._checks import fail
 from ...formats.dynamic_map import dynamic_map
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 # csrc/cpu/quant_matmul.h holds the same numbers.
 FORMAT_CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2, "nf4": 3, "int4": 4}
 
@@ -34,32 +36,36 @@ def backward(dy, qdata, scale, zero_point, nested_scale, scale_offset, format, g
     return dx
 
 
-def _check_sizes(format, n, k, weight, group_size) -> None:
+def _check(format, n, k, weight, group_size) -> None:
     """The kernels trust their pointers: components that do not fit the weight stop here."""
     qdata, scale, zero, nested, shift = weight
-    groups = 1 if group_size <= 0 else -(-k // group_size)
     if format == "nf4":
-        codes, scales = -(-n * k // 2), -(-n * k // group_size)
+        codes, scales = -(-n * k // 2), -(-n * k // group_size) if group_size > 0 else -1
     elif format == "int4":
-        codes, scales = n * -(-k // 2), n * groups
+        codes = n * -(-k // 2)
+        scales = n if group_size == -1 else n * -(-k // group_size) if group_size > 0 else -1
     else:
-        codes, scales = n * k, {0: 1, -1: n}.get(group_size, -(-n // 128) * groups)
-    want = {"qdata": codes, "scale": scales}
+        blocks = -(-n // 128) * -(-k // 128)
+        codes, scales = n * k, {0: 1, -1: n, 128: blocks}.get(group_size, -1)
+    if scales < 0 or (group_size > 0 and group_size % (32 if format == "nf4" else 8)):
+        fail("quant_matmul", "group_size", f"one of those of {format}", group_size)
+    scale_dtypes = FLOATS if nested is None else BYTES
+    want = [("qdata", qdata, codes, BYTES), ("scale", scale, scales, scale_dtypes)]
     if zero is not None:
-        want["zero_point"] = scales
+        want.append(("zero_point", zero, scales, BYTES))
     if nested is not None:
-        want |= {"nested_scale": -(-scales // 256), "scale_offset": 1}
-    components = {"qdata": qdata, "scale": scale, "zero_point": zero,
-                  "nested_scale": nested, "scale_offset": shift}  # fmt: skip
-    for name, count in want.items():
-        got = 0 if components[name] is None else components[name].numel()
-        if got != count:
-            fail("quant_matmul", f"qweight.{name}",
-                 f"of {count} elements for {format} of shape {(n, k)}", got)  # fmt: skip
+        want.append(("nested_scale", nested, -(-scales // 256), FLOATS[:1]))
+        want.append(("scale_offset", shift, 1, FLOATS[:1]))
+    for name, tensor, count, dtypes in want:
+        if tensor is None or tensor.numel() != count or tensor.dtype not in dtypes:
+            got = None if tensor is None else f"{tensor.numel()} of {tensor.dtype}"
+            names = " or ".join(map(str, dtypes))
+            expected = f"{count} elements of {names} for {format} of shape {(n, k)}"
+            fail("quant_matmul", f"qweight.{name}", expected, got)
 
 
 def _run(backward, format, n, k, weight, group_size, x, y, bias) -> None:
-    _check_sizes(format, n, k, weight, group_size)
+    _check(format, n, k, weight, group_size)
     if y.numel() == 0:
         return
     if x.numel() == 0:  # an empty sum
@@ -77,4 +83,3 @@ def _run(backward, format, n, k, weight, group_size, x, y, bias) -> None:
         group_size, x.numel() // x.shape[-1], address(x), address(y), native.DTYPE_CODES[x.dtype],
         address(bias), 0 if bias is None else native.DTYPE_CODES[bias.dtype], native.threads(),
     )  # fmt: skip
-
