@@ -10,6 +10,7 @@ from .._errors import CheckpointError
 from ..formats import QuantizedTensor, get
 from ..formats.base import COMPONENTS, FLOATS
 from ..ops.quant_matmul import quant_matmul
+from ..ops.quantize import quantize
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,10 @@ class QuantConfig:
     scale_dtype: torch.dtype | None = None
 
     def __post_init__(self):
-        self._codec().spec(**self._options())
+        get(self.format).spec(**self._options())
 
     def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
-        return self._codec().quantize(weight, **self._options())
-
-    def _codec(self):
-        return get(self.format)
+        return quantize(weight, self.format, **self._options())
 
     def _options(self) -> dict:
         return {name: value for name, value in asdict(self).items() if name != "format"}

@@ -101,6 +101,8 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
         if bias.shape[0] != n:
             fail(op, "bias", f"of shape ({n},)", f"shape {tuple(bias.shape)}")
         check_same(op, "device", x=x, bias=bias)
-    return QUANT_MATMUL(x, qweight.qdata, qweight.scale, qweight.zero_point, qweight.nested_scale,
+    # fp8 codes pass as bytes: torch cannot compare fp8 tensors, which opcheck does.
+    codes = qweight.qdata.view(torch.uint8) if qweight.qdata.is_floating_point() else qweight.qdata
+    return QUANT_MATMUL(x, codes, qweight.scale, qweight.zero_point, qweight.nested_scale,
                         qweight.scale_offset, bias, qweight.format, qweight.group_size, n,
                         backend=backend)  # fmt: skip

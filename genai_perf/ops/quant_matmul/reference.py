@@ -2,11 +2,13 @@
 
 import torch
 
-from ...formats import QuantizedTensor
+from ...formats import QuantizedTensor, get
 
 
 def weight(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape):
     """The dequantized weight, fp32 (n, k)."""
+    if format.startswith("fp8"):
+        qdata = qdata.view(get(format).code_dtype)
     return QuantizedTensor(
         format, torch.Size(shape), torch.float32, qdata, scale, zero_point,
         group_size, nested_scale, scale_offset,
