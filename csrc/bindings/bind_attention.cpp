@@ -1,6 +1,6 @@
 #include <pybind11/stl.h>
 
-#include <stdexcept>
+#include <new>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -10,20 +10,33 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 
-// (address, batch stride, seqlen stride, head stride)
-gp::Tensor4 tensor4(const Ints& t) {
-  return {as_pointer<void>(static_cast<std::uintptr_t>(t.at(0))), t.at(1), t.at(2), t.at(3)};
+template <class T>
+T* pointer_at(const Ints& n, size_t i) {
+  return as_pointer<T>(static_cast<std::uintptr_t>(n.at(i)));
 }
 
-// (batch, seqlen_q, seqlen_k, heads, heads_k, dim, dim_v, window_left, window_right, dtype, threads)
-gp::AttentionShape shape(const Ints& n, float scale) {
+// (address, batch stride, seqlen stride, head stride)
+gp::Tensor4 tensor4(const Ints& n) { return {pointer_at<void>(n, 0), n.at(1), n.at(2), n.at(3)}; }
+
+// The integers of AttentionShape in its order, addresses among them, then the bias's
+// (kind, dtype, address, batch, head, row and column strides; or nothing), dtype and threads.
+gp::AttentionShape shape(const Ints& n, const Ints& bias, float scale, float softcap) {
   gp::AttentionShape s;
   s.batch = n.at(0), s.seqlen_q = n.at(1), s.seqlen_k = n.at(2);
   s.heads = n.at(3), s.heads_k = n.at(4), s.dim = n.at(5), s.dim_v = n.at(6);
-  s.window_left = n.at(7), s.window_right = n.at(8);
-  s.dtype = static_cast<gp::DType>(n.at(9));
-  s.threads = static_cast<int>(n.at(10));
-  s.scale = scale;
+  s.lse_batch = n.at(7), s.lse_head = n.at(8);
+  s.window_left = n.at(9), s.window_right = n.at(10);
+  s.scale = scale, s.softcap = softcap;
+  s.cu_seqlens_q = pointer_at<const int32_t>(n, 11);
+  s.cu_seqlens_k = pointer_at<const int32_t>(n, 12);
+  s.alibi_slopes = pointer_at<const float>(n, 13);
+  s.alibi_batch = n.at(14);
+  s.sinks = pointer_at<const float>(n, 15);
+  s.dtype = static_cast<gp::DType>(n.at(16));
+  s.threads = static_cast<int>(n.at(17));
+  if (!bias.empty())
+    s.bias = {static_cast<gp::AttentionBias::Kind>(bias.at(0)), static_cast<gp::DType>(bias.at(1)),
+              pointer_at<const void>(bias, 2), bias.at(3), bias.at(4), bias.at(5), bias.at(6)};
   return s;
 }
 
@@ -34,22 +47,32 @@ void require_memory(bool done) {
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.def("attention_fwd", [](const Ints& sizes, float scale, const Ints& q, const Ints& k,
-                            const Ints& v, const Ints& out, std::uintptr_t lse) {
-    const gp::AttentionFwdArgs args{shape(sizes, scale), tensor4(q),   tensor4(k),
-                                    tensor4(v),          tensor4(out), as_pointer<float>(lse)};
+  m.def("attention_fwd", [](const Ints& sizes, const Ints& bias, float scale, float softcap,
+                            const Ints& q, const Ints& k, const Ints& v, const Ints& out,
+                            std::uintptr_t lse) {
+    const gp::AttentionFwdArgs args{shape(sizes, bias, scale, softcap), tensor4(q), tensor4(k),
+                                    tensor4(v), tensor4(out), as_pointer<float>(lse)};
     py::gil_scoped_release release;
     require_memory(GP_KERNEL(attention_fwd)(args));
   });
-  m.def("attention_bwd",
-        [](const Ints& sizes, float scale, const Ints& q, const Ints& k, const Ints& v,
-           const Ints& out, const Ints& dout, const Ints& dq, const Ints& dk, const Ints& dv,
-           std::uintptr_t lse, std::uintptr_t dlse) {
-          const gp::AttentionBwdArgs args{
-              shape(sizes, scale), tensor4(q),  tensor4(k),  tensor4(v),  tensor4(out),
-              tensor4(dout),       tensor4(dq), tensor4(dk), tensor4(dv), as_pointer<const float>(lse),
-              as_pointer<const float>(dlse)};
-          py::gil_scoped_release release;
-          require_memory(GP_KERNEL(attention_bwd)(args));
-        });
+  // `dbias`: (address, batch, head and row strides) or nothing.
+  m.def("attention_bwd", [](const Ints& sizes, const Ints& bias, float scale, float softcap,
+                            const Ints& q, const Ints& k, const Ints& v, const Ints& out,
+                            const Ints& dout, const Ints& dq, const Ints& dk, const Ints& dv,
+                            std::uintptr_t lse, std::uintptr_t dlse, const Ints& dbias,
+                            std::uintptr_t dsinks) {
+    gp::AttentionBwdArgs args{};
+    args.shape = shape(sizes, bias, scale, softcap);
+    args.q = tensor4(q), args.k = tensor4(k), args.v = tensor4(v);
+    args.out = tensor4(out), args.dout = tensor4(dout);
+    args.dq = tensor4(dq), args.dk = tensor4(dk), args.dv = tensor4(dv);
+    args.lse = as_pointer<const float>(lse), args.dlse = as_pointer<const float>(dlse);
+    args.dsinks = as_pointer<float>(dsinks);
+    if (!dbias.empty()) {
+      args.dbias = pointer_at<float>(dbias, 0);
+      args.dbias_batch = dbias[1], args.dbias_head = dbias.at(2), args.dbias_row = dbias.at(3);
+    }
+    py::gil_scoped_release release;
+    require_memory(GP_KERNEL(attention_bwd)(args));
+  });
 }

@@ -8,17 +8,35 @@
 
 namespace gp {
 
-// A (batch, seqlen, heads, dim) tensor whose last dimension is contiguous; strides in elements.
+// A (batch, seqlen, heads, dim) tensor whose last dimension is contiguous; strides in elements. Packed
+// sequences, (total, heads, dim), have batch stride 0.
 struct Tensor4 {
   void* data = nullptr;
   int64_t batch = 0, seq = 0, head = 0;
 };
 
+// Added to the scores, (batch, heads, seqlen_q, seqlen_k) by strides in elements, 0 where broadcast.
+struct AttentionBias {
+  enum Kind : int { none, additive, keep_mask };  // keep_mask: bytes, 0 hides the key
+  Kind kind = none;
+  DType dtype = DType::f32;
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, col = 0;
+};
+
 struct AttentionShape {
-  int64_t batch, seqlen_q, seqlen_k, heads, heads_k, dim, dim_v;
-  float scale;
+  int64_t batch, seqlen_q, seqlen_k;  // seqlen_* are unused where cu_seqlens_* are set
+  int64_t heads, heads_k, dim, dim_v;
+  int64_t lse_batch, lse_head;  // strides of lse, dlse, whose rows are contiguous
   // Query i sees keys i + seqlen_k - seqlen_q - left .. + right; -1 is unbounded, causal is right 0.
   int64_t window_left, window_right;
+  float scale, softcap;        // softcap 0: none, else scores become softcap * tanh(score / softcap)
+  const int32_t* cu_seqlens_q;  // (batch + 1): packed sequences; both or neither
+  const int32_t* cu_seqlens_k;
+  const float* alibi_slopes;  // score -= slope * |i + seqlen_k - seqlen_q - j|; by batch and head
+  int64_t alibi_batch;        // stride; heads are contiguous
+  const float* sinks;         // (heads): a score without a value, in every softmax of its head
+  AttentionBias bias;
   DType dtype;
   int threads;
 };
@@ -26,14 +44,17 @@ struct AttentionShape {
 struct AttentionFwdArgs {
   AttentionShape shape;
   Tensor4 q, k, v, out;
-  float* lse;  // (batch, heads, seqlen_q), natural logarithm
+  float* lse;  // natural logarithm, sink included
 };
 
 struct AttentionBwdArgs {
   AttentionShape shape;
   Tensor4 q, k, v, out, dout, dq, dk, dv;
   const float* lse;
-  const float* dlse;  // (batch, heads, seqlen_q) or null
+  const float* dlse;  // or null
+  float* dbias;       // zeros on entry, or null; of the layout below
+  int64_t dbias_batch, dbias_head, dbias_row;  // strides, 0 where broadcast; columns contiguous
+  float* dsinks;      // (heads) or null
 };
 
 // Both return false if scratch memory could not be had. Results do not depend on `threads`.

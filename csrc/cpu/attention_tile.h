@@ -1,8 +1,4 @@
-// What the attention kernels share: which keys a query sees, fp32 tiles packed from any dtype, and a
-// register-tiled matrix product on them.
-//
-// Queries are packed as q * scale; a probability is exp2(score * log2(e) - shift), one FMA before the
-// polynomial, where shift is the row's maximum or lse, times log2(e).
+// fp32 tiles packed from any dtype, a register-tiled matrix product on them, and exp2.
 #pragma once
 
 #include "common/simd.h"
@@ -32,21 +28,6 @@ static inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t row_stride(int64_t dim) { return round_up(dim, 16) + ROW_PAD; }
-
-static inline void* at(const Tensor4& t, int64_t b, int64_t s, int64_t h, DType type) {
-  return offset(t.data, b * t.batch + s * t.seq + h * t.head, type);
-}
-
-// Keys lo(i) <= j < hi(i) are seen by query i; both grow with i.
-struct Visible {
-  int64_t offset, left, right, seqlen_k;
-  explicit Visible(const AttentionShape& s)
-      : offset(s.seqlen_k - s.seqlen_q), left(s.window_left), right(s.window_right),
-        seqlen_k(s.seqlen_k) {}
-  int64_t clamp(int64_t j) const { return min64(max64(j, 0), seqlen_k); }
-  int64_t lo(int64_t i) const { return left < 0 ? 0 : clamp(i + offset - left); }
-  int64_t hi(int64_t i) const { return right < 0 ? seqlen_k : clamp(i + offset + right + 1); }
-};
 
 // 2^x, relative error below 2 ulp for x in [-126, 126]; 0 below -126.5; NaN stays NaN.
 static inline vf v_exp2(vf x) {
@@ -246,26 +227,6 @@ static void pack_transposed(float* dst, int64_t padded, const void* src, int64_t
     for (; k < dim; ++k)
       for (int64_t j = 0; j < PACK_ROWS; ++j) out[k * width + j] = lines[j * dim + k];
   }
-}
-
-// Bounds of the strips of query rows q0.. within the block of keys k0..k0+cols; `any` says whether
-// the block has a visible key, `whole` whether all of it is visible to all rows.
-struct BlockView {
-  bool any = false, whole = true;
-};
-static BlockView row_bounds(Bounds& bounds, const Visible& visible, int64_t q0, int64_t rows,
-                            int64_t k0, int64_t cols) {
-  BlockView view;
-  for (int64_t m = 0, s = 0; m < rows; m += MR, ++s) {
-    const int64_t last = min64(m + MR, rows) - 1;
-    const int64_t lo = min64(max64(visible.lo(q0 + m) - k0, 0), cols);
-    const int64_t hi = min64(max64(visible.hi(q0 + last) - k0, 0), cols);
-    bounds.lo[s] = int(lo);
-    bounds.hi[s] = int(hi);
-    view.any |= lo < hi;
-    view.whole &= visible.lo(q0 + last) <= k0 && visible.hi(q0 + m) >= k0 + cols;
-  }
-  return view;
 }
 
 }  // namespace GP_ISA

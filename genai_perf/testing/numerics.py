@@ -13,7 +13,7 @@ def max_error(x: torch.Tensor, ref64: torch.Tensor) -> float:
 
 
 def rounding(ref64: torch.Tensor, dtype: torch.dtype) -> float:
-    """2 max|(ref + 0.3 - 0.3) - ref|, computed in `dtype`: what rounding the reference itself gives."""
+    """2 max|(ref + 0.3 - 0.3) - ref| in `dtype`: what rounding the reference itself gives."""
     ref = ref64.detach()[torch.isfinite(ref64)].to(dtype)
     return 2 * max_error(ref + 0.3 - 0.3, ref)
 

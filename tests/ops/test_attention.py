@@ -1,82 +1,345 @@
-"""attention against the float64 oracle, torch's own SDPA, and its contracts."""
+"""attention against the float64 oracle and torch's own SDPA, and its contracts."""
+
+import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import genai_perf as gp
-from genai_perf.ops.attention import reference
+from genai_perf import _C
+from genai_perf.ops.attention import cases
 from genai_perf.testing.numerics import assert_close_to_oracle
 
-native = pytest.importorskip("genai_perf._C", reason="the native extension is not built")
+ORACLE_CASES = [c for c in cases.CASES if {"smoke", "edge"} & set(c.tags)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BY_NAME = {case.name: case for case in cases.CASES}
 
 
 @pytest.fixture(params=["scalar", "avx2", "avx512"])
 def isa(request):
-    before = native.isa()
+    before = _C.isa()
     try:
-        native.force_isa(request.param)
+        _C.force_isa(request.param)
     except ValueError as error:
         pytest.skip(str(error))
     yield request.param
-    native.force_isa(before)
+    _C.force_isa(before)
 
 
-def make(batch, sq, sk, heads, heads_k, dim, dim_v, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (batch, sq, heads, dim), (batch, sk, heads_k, dim), (batch, sk, heads_k, dim_v)
-    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+def leaves(inputs: dict, dtype=None) -> tuple[dict, dict]:
+    """A copy of the inputs whose floating-point tensors want gradients, and these tensors."""
+    copy = {
+        name: x.detach().to(dtype or x.dtype).requires_grad_()
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for name, x in inputs.items()
+    }
+    return copy, {n: x for n, x in copy.items() if isinstance(x, torch.Tensor) and x.requires_grad}
 
 
-SHAPES = [  # seqlen_q, seqlen_k, heads, heads_k, dim, dim_v
-    (1, 1, 1, 1, 8, 8),
-    (5, 7, 2, 1, 40, 40),
-    (128, 128, 4, 2, 64, 64),
-    (200, 317, 4, 2, 64, 64),
-    (317, 200, 2, 2, 80, 32),
-    (1, 600, 7, 1, 64, 64),
-    (97, 193, 2, 2, 111, 128),
-    (33, 300, 2, 1, 256, 256),
-]
+def run(inputs: dict, *, backend: str, dtype=None, seed: int = 1, upstream=None) -> dict:
+    """out, lse and the gradients for a random upstream gradient of both, by name."""
+    call, wanted = leaves(inputs, dtype)
+    out, lse = gp.attention(**call, return_lse=True, backend=backend)
+    if upstream is None:
+        generator = torch.Generator().manual_seed(seed)
+        upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, lse)]
+    upstream = [x.to(y.dtype) for x, y in zip(upstream, (out, lse), strict=True)]
+    grads = torch.autograd.grad((out, lse), list(wanted.values()), upstream)
+    named = {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    return {"out": out.detach(), "lse": lse.detach(), **named, "upstream": upstream}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def check_oracle(inputs: dict) -> None:
+    got = run(inputs, backend="native")
+    ref = run(inputs, backend="reference", dtype=torch.float64, upstream=got["upstream"])
+    with same_precision():
+        yardstick = run(inputs, backend="reference", upstream=got["upstream"])
+    for name in got.keys() - {"upstream"}:
+        assert got[name].dtype == (torch.float32 if name == "lse" else inputs["q"].dtype)
+        factor = 2 if name in ("out", "lse") else 3
+        assert_close_to_oracle(got[name], ref[name], yardstick[name], factor, name)
+
+
+def same_precision():
+    """The reference computing in the dtype of its inputs."""
+    from functools import partial
+
+    from genai_perf.ops.attention import reference
+
+    patch = pytest.MonkeyPatch.context()
+
+    class Patched:
+        def __enter__(self):
+            self.patch = patch.__enter__()
+            for name in ("forward", "backward"):
+                plain = getattr(reference, name)
+                self.patch.setattr(reference, name, partial(plain, upcast=False))
+
+        def __exit__(self, *error):
+            return patch.__exit__(*error)
+
+    return Patched()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", ORACLE_CASES, ids=lambda c: c.name)
+def test_oracle(isa, case, dtype):
+    if case.dtype not in (torch.float32, dtype):
+        pytest.skip("a case of another dtype")
+    check_oracle(cases.make_inputs(dataclasses.replace(case, dtype=dtype)))
+
+
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_oracle(isa, shape, causal, dtype):
-    inputs = make(2, *shape, dtype)
-    scale = shape[4] ** -0.5
-    out, lse = gp.attention(*inputs, causal=causal, return_lse=True, backend="native")
-    generator = torch.Generator().manual_seed(1)
-    dout, dlse = (torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, lse))
-    grads = torch.autograd.grad((out, lse), inputs, (dout, dlse))
-    data = [x.detach() for x in inputs]
-    data64 = [x.double() for x in data]
-    out64, lse64 = reference.forward(*data64, causal, scale)
-    grads64 = reference.backward(dout.double(), dlse.double(), *data64, out64, lse64, causal, scale)
-    out_pt, lse_pt = reference.forward(*data, causal, scale, upcast=False)
-    grads_pt = reference.backward(dout, dlse, *data, out_pt, lse_pt, causal, scale, upcast=False)
-    assert_close_to_oracle(out, out64, out_pt)
-    assert_close_to_oracle(lse, lse64, lse_pt, name="lse")
-    for name, got, ref, pt in zip(("dq", "dk", "dv"), grads, grads64, grads_pt, strict=True):
-        assert_close_to_oracle(got, ref, pt, factor=3, name=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_against_torch(causal, dtype):
+    """torch's SDPA in float64 as an outside judge of outputs and gradients."""
+    case = dataclasses.replace(BY_NAME["causal"], seqlen_q=150, seqlen_k=150, dtype=dtype)
+    q, k, v = (cases.make_inputs(case)[n].requires_grad_() for n in "qkv")
+    out = gp.attention(q, k, v, causal=causal, backend="native")
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+
+    def sdpa(dtype):
+        x = [t.detach().to(dtype).transpose(1, 2).requires_grad_() for t in (q, k, v)]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            y = F.scaled_dot_product_attention(*x, is_causal=causal, enable_gqa=True)
+        g = torch.autograd.grad(y, x, dout.transpose(1, 2).to(dtype))
+        return [t.detach().transpose(1, 2) for t in (y, *g)]
+
+    for got, ref, same in zip((out, *grads), sdpa(torch.float64), sdpa(dtype), strict=True):
+        assert_close_to_oracle(got, ref, same, factor=3)
+
+
+def test_gradcheck_of_the_reference():
+    for name in ("odd", "blind_rows", "window_both"):
+        small = dataclasses.replace(BY_NAME[name], seqlen_q=4, seqlen_k=3, headdim=3, batch=1,
+                                    nheads=2, nheads_k=1, window_size=(1, None))  # fmt: skip
+        call, wanted = leaves(cases.make_inputs(small), torch.float64)
+
+        def f(*tensors, call=call, wanted=wanted):
+            out, lse = gp.attention(
+                **call | dict(zip(wanted, tensors, strict=True)), return_lse=True
+            )
+            return out, lse[torch.isfinite(lse)]
+
+        assert torch.autograd.gradcheck(f, tuple(wanted.values()))
+        assert torch.autograd.gradgradcheck(f, tuple(wanted.values()))
+
+
+def test_second_derivative_of_the_native_backend():
+    call, wanted = leaves(cases.make_inputs(BY_NAME["odd"]))
+    call64, wanted64 = leaves(cases.make_inputs(BY_NAME["odd"]), torch.float64)
+
+    def second(call, wanted, backend):
+        out = gp.attention(**call, backend=backend)
+        first = torch.autograd.grad(out.square().sum(), wanted["q"], create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), list(wanted.values()))
+
+    for got, ref in zip(second(call, wanted, "native"), second(call64, wanted64, "reference"),
+                        strict=True):  # fmt: skip
+        torch.testing.assert_close(got.double(), ref, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_strides(dtype):
+    """Packed qkv views, (b, h, s, d) storage, broadcast and reversed layouts give the same bits."""
+    g = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, 50, 3, 4, 24, generator=g).to(dtype)
+    plain = [x.contiguous() for x in qkv.unbind(2)]
+    want = run(dict(zip("qkv", plain, strict=True)), backend="native")
+
+    def same(q, k, v):
+        got = run({"q": q, "k": k, "v": v}, backend="native", upstream=want["upstream"])
+        for name in want.keys() - {"upstream"}:
+            assert torch.equal(got[name], want[name]), name
+
+    same(*qkv.unbind(2))
+    same(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain))
+    same(
+        *(x.transpose(1, 3).contiguous().transpose(1, 3) for x in plain)
+    )  # last dim not contiguous
+    one = [x[:, :, :1] for x in plain]
+    wide = [x.expand(-1, -1, 4, -1) for x in one]  # stride 0
+    for a, b in zip(
+        run(dict(zip("qkv", wide, strict=True)), backend="native").values(),
+        run(
+            dict(zip("qkv", (x.contiguous() for x in wide), strict=True)), backend="native"
+        ).values(),
+        strict=True,
+    ):
+        assert all(map(torch.equal, a, b)) if isinstance(a, list) else torch.equal(a, b)
+
+
+def test_strided_and_broadcast_upstream():
+    inputs = cases.make_inputs(BY_NAME["causal"])
+    call, wanted = leaves(inputs)
+    out = gp.attention(**call, backend="native")
+    a = torch.autograd.grad(out.sum(), list(wanted.values()), retain_graph=True)  # stride 0
+    b = torch.autograd.grad(out, list(wanted.values()), torch.ones_like(out))
+    assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("name", ["causal", "window_both", "decode"])
+def test_batch_invariance_and_repeatability(isa, name):
+    inputs = cases.make_inputs(dataclasses.replace(BY_NAME[name], batch=3))
+    want = run(inputs, backend="native")
+    for i in range(3):
+        one = {n: x[i : i + 1] if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
+        got = run(one, backend="native", upstream=[x[i : i + 1] for x in want["upstream"]])
+        for key in want.keys() - {"upstream"}:
+            assert torch.equal(got[key], want[key][i : i + 1]), key
+    again = run(inputs, backend="native")
+    assert all(torch.equal(again[key], want[key]) for key in want.keys() - {"upstream"})
+
+
+@pytest.mark.parametrize("name", ["blocks", "many_strips", "window_both"])
+def test_thread_count_changes_nothing(name):
+    inputs = cases.make_inputs(BY_NAME[name])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(inputs, backend="native"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for key in other.keys() - {"upstream"}:
+            assert torch.equal(other[key], results[0][key]), key
+
+
+def test_poison_outside_is_not_read(isa):
+    """q, k, v and dout lie in NaN: before, after, and between the rows of each head."""
+    case = dataclasses.replace(BY_NAME["odd"], headdim=20)
+    inputs = cases.make_inputs(case)
+    want = run(inputs, backend="native")
+
+    def poisoned(x):
+        nest = torch.full([n + 2 for n in x.shape], torch.nan, dtype=x.dtype)
+        inner = nest[tuple(slice(1, -1) for _ in x.shape)]
+        return inner.copy_(x)
+
+    nested = {n: poisoned(x) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
+    upstream = [poisoned(x) for x in want["upstream"]]
+    call = {n: x.requires_grad_() if isinstance(x, torch.Tensor) else x for n, x in nested.items()}
+    out, lse = gp.attention(**call, return_lse=True, backend="native")
+    grads = torch.autograd.grad((out, lse), [call[n] for n in "qkv"], upstream)
+    for key, got in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True):
+        assert torch.equal(got, want[key]), key
+
+
+def test_nan_arrives(isa):
+    inputs = cases.make_inputs(BY_NAME["blocks"])
+    inputs["q"][0, 3, 0, 0] = torch.nan
+    out, lse = gp.attention(**inputs, return_lse=True, backend="native")
+    assert out[0, 3, 0].isnan().all() and lse[0, 0, 3].isnan()
+    assert not out[0, 4].isnan().any() and not out[1].isnan().any()
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_large_logits(isa, size):
+    inputs = cases.make_inputs(dataclasses.replace(BY_NAME["square"], headdim=16))
+    inputs["k"] = torch.full_like(inputs["k"], size / 4)  # logits q.k / 4 up to 1e4 and beyond
+    inputs["q"] = inputs["q"].abs()
+    check_oracle(inputs)
+
+
+def test_all_ones(isa):
+    ones = torch.ones(2, 300, 2, 16)
+    out, lse = gp.attention(ones, ones, ones, softmax_scale=1.0, return_lse=True, backend="native")
+    torch.testing.assert_close(out, ones, rtol=1e-6, atol=0)
+    torch.testing.assert_close(lse, torch.full_like(lse, 16 + torch.tensor(300.0).log().item()))
+
+
+def test_blind_rows_are_zero(isa):
+    inputs = cases.make_inputs(BY_NAME["blind_rows"])  # 130 queries, 40 keys: 90 see nothing
+    got = run(inputs, backend="native")
+    assert (got["out"][:, :90] == 0).all() and (got["dq"][:, :90] == 0).all()
+    assert (got["lse"][:, :, :90] == -torch.inf).all() and got["lse"][:, :, 90:].isfinite().all()
+    assert all(got[key].isfinite().all() for key in ("out", "dq", "dk", "dv"))
+
+
+def test_a_window_past_everything_is_no_window():
+    inputs = cases.make_inputs(BY_NAME["square"])
+    want = gp.attention(**inputs)
+    assert torch.equal(gp.attention(**inputs | {"window_size": (2**62, 2**62)}), want)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_is_linear(threads):
+    """16384 keys and queries: the score matrix alone would be 1 GiB."""
+    import resource
+
+    q = torch.randn(1, 16384, 1, 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gp.attention(q, q, q, window_size=(64, 64), backend="native")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 64 * 1024  # KiB
 
 
 def test_opcheck():
-    q, k, v = make(1, 5, 7, 2, 1, 8, 8, torch.float32)
-    torch.library.opcheck(torch.ops.genai_perf.attention_fwd.default, (q, k, v, True, 0.3))
+    q, k, v = (x for x in leaves(cases.make_inputs(BY_NAME["odd"]))[1].values())
+    options = (-1, 0, 0.3)
+    torch.library.opcheck(torch.ops.genai_perf.attention_fwd.default, (q, k, v, *options))
     out, lse = gp.attention(q, k, v, return_lse=True)
     args = [x.detach() for x in (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse)]
-    torch.library.opcheck(torch.ops.genai_perf.attention_bwd.default, (*args, True, 0.3))
+    torch.library.opcheck(torch.ops.genai_perf.attention_bwd.default, (*args, *options))
 
 
-def test_compile_fullgraph():
-    q, k, v = make(1, 9, 9, 2, 1, 16, 16, torch.float32)
-
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic):
     def loss(q, k, v):
-        return gp.attention(q * 2, k, v, causal=True).square().sum()
+        return gp.attention(q * 2, k, v, causal=True, window_size=(3, None)).square().sum()
 
-    want = torch.autograd.grad(loss(q, k, v), (q, k, v))
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(q, k, v), (q, k, v))
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for seqlen in (9, 12):
+        case = dataclasses.replace(BY_NAME["odd"], seqlen_q=seqlen, seqlen_k=seqlen)
+        tensors = list(leaves(cases.make_inputs(case))[1].values())
+        want = torch.autograd.grad(loss(*tensors), tensors)
+        got = torch.autograd.grad(compiled(*tensors), tensors)
+        assert all(map(torch.equal, got, want))
+
+
+def test_explain_and_backends():
+    inputs = cases.make_inputs(BY_NAME["odd"])
+    assert gp.explain(gp.attention, **inputs).backend == "native"
+    double = {n: x.double() if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
+    chosen = gp.explain(gp.attention, **double)
+    assert chosen.backend == "reference" and "float64" in chosen.reasons["native"]
+    with pytest.raises(gp.BackendUnsupported, match="float64"):
+        gp.attention(**double, backend="native")
+
+
+BAD = [
+    ({"q": torch.zeros(2, 5, 8)}, r"q must be \(batch, seqlen, nheads, headdim\) \(4 dim"),
+    ({"q": torch.zeros(2, 5, 2, 8, dtype=torch.int32)}, "q must be one of torch.float32"),
+    ({"k": torch.zeros(2, 7, 1, 8).half()}, "k must be of the dtype of q"),
+    ({"k": torch.zeros(2, 7, 1, 9)}, r"k must be \(batch 2, seqlen_k, nheads_k, headdim 8\)"),
+    ({"k": torch.zeros(3, 7, 1, 8)}, "k must be"),
+    ({"v": torch.zeros(2, 6, 1, 8)}, "v must be of k's batch, seqlen and heads"),
+    ({"q": torch.zeros(2, 5, 3, 8), "k": torch.zeros(2, 7, 2, 8), "v": torch.zeros(2, 7, 2, 8)},
+     r"nheads of q must be a multiple of nheads_k \(2\), got 3"),
+    ({"q": torch.zeros(2, 5, 2, 0), "k": torch.zeros(2, 7, 1, 0)}, "headdim must be at least 1"),
+    ({"window_size": (-2, 0)}, r"window_size must be \(left, right\)"),
+    ({"window_size": 5}, "window_size must be a pair"),
+    ({"k": torch.zeros(2, 7, 1, 8, device="meta")}, "k must be of the device of q"),
+    ({"backend": "tpu"}, "backend must be one of"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=[m[:24] for _, m in BAD])
+def test_bad_input(change, message):
+    good = {
+        "q": torch.zeros(2, 5, 2, 8),
+        "k": torch.zeros(2, 7, 1, 8),
+        "v": torch.zeros(2, 7, 1, 8),
+    }
+    with pytest.raises(ValueError, match=message):
+        gp.attention(**good | change)
+
+
+def test_not_a_tensor():
+    with pytest.raises(TypeError, match="q must be a tensor, got list"):
+        gp.attention([1.0], torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))

@@ -1,17 +1,19 @@
-"""The public `attention`, its checks, its operators and their autograd."""
+"""The public `attention`: its checks, and what they make of its arguments."""
 
 import math
 
 import torch
 
 from ..._checks import check_dtype, check_ndim, check_same, check_tensor, fail
-from ..._dispatch import Op
+from .op import FORWARD
+from .options import Options
 
+OP = "attention"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("native", "reference")
 
 
-def attention(q, k, v, *, causal=False, softmax_scale=None, return_lse=False, backend=None):
+def attention(q, k, v, *, causal=False, window_size=(None, None), softmax_scale=None,
+              return_lse=False, backend=None):  # fmt: skip
     """Attention with grouped queries, never holding a seqlen_q x seqlen_k matrix (native backend).
 
         out = softmax(softmax_scale * q k^T + mask) v,   lse = log sum exp of its rows
@@ -22,6 +24,8 @@ def attention(q, k, v, *, causal=False, softmax_scale=None, return_lse=False, ba
             uses key head h // (nheads / nheads_k).
         v: (batch, seqlen_k, nheads_k, headdim_v).
         causal: query i sees keys j <= i + seqlen_k - seqlen_q (aligned bottom right).
+        window_size: (left, right), query i sees keys from i + seqlen_k - seqlen_q - left to
+            i + seqlen_k - seqlen_q + right; None is unbounded. causal makes right 0.
         softmax_scale: 1 / sqrt(headdim) by default.
         return_lse: also return lse; its gradient is supported.
         backend: "native" or "reference"; None takes the first that can run the call.
@@ -32,86 +36,46 @@ def attention(q, k, v, *, causal=False, softmax_scale=None, return_lse=False, ba
         sees no key gives out 0, lse -inf and gradient 0.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device.
+        ValueError: an argument has the wrong shape, dtype, device or value.
         BackendUnsupported: the backend that was named cannot run the call.
 
-    Source: Dao, FlashAttention-2 (arXiv 2307.08691), sections 3.1 and 3.2; arguments in the words of
-    the flash-attn package.
+    Source: Dao, FlashAttention-2 (arXiv 2307.08691), sections 3.1 and 3.2; the words are those of
+    the flash-attn package. Second derivatives come from the reference, exact and slow.
     """
-    check_tensor("attention", q=q, k=k, v=v)
+    check_tensor(OP, q=q, k=k, v=v)
     check_shapes(q, k, v)
-    if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(max(q.shape[-1], 1))
-    out, lse = FORWARD(q, k, v, bool(causal), float(softmax_scale), backend=backend)
+    left, right = check_window(window_size)
+    options = Options(
+        window_left=left,
+        window_right=0 if causal else right,
+        softmax_scale=1 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale),
+    )
+    out, lse = FORWARD(q, k, v, *options, backend=backend)
     return (out, lse) if return_lse else out
 
 
 def check_shapes(q, k, v) -> None:
-    op = "attention"
-    check_ndim(op, 4, "(batch, seqlen, nheads, headdim)", q=q, k=k, v=v)
-    check_dtype(op, DTYPES, q=q)
-    check_same(op, "dtype", q=q, k=k, v=v)
-    check_same(op, "device", q=q, k=k, v=v)
+    check_ndim(OP, 4, "(batch, seqlen, nheads, headdim)", q=q, k=k, v=v)
+    check_dtype(OP, DTYPES, q=q)
+    check_same(OP, "dtype", q=q, k=k, v=v)
+    check_same(OP, "device", q=q, k=k, v=v)
     batch, _, heads, dim = q.shape
     if k.shape[0] != batch or k.shape[3] != dim:
-        fail(op, "k", f"(batch {batch}, seqlen_k, nheads_k, headdim {dim})", tuple(k.shape))
+        fail(OP, "k", f"(batch {batch}, seqlen_k, nheads_k, headdim {dim})", tuple(k.shape))
     if v.shape[:3] != k.shape[:3]:
-        fail(op, "v", f"of k's batch, seqlen and heads {tuple(k.shape[:3])}", tuple(v.shape))
+        fail(OP, "v", f"of k's batch, seqlen and heads {tuple(k.shape[:3])}", tuple(v.shape))
     if k.shape[2] == 0 or heads % k.shape[2]:
-        fail(op, "nheads of q", f"a multiple of nheads_k ({k.shape[2]})", heads)
+        fail(OP, "nheads of q", f"a multiple of nheads_k ({k.shape[2]})", heads)
     if dim == 0 or v.shape[3] == 0:
-        fail(op, "headdim", "at least 1", f"{dim} (q, k) and {v.shape[3]} (v)")
+        fail(OP, "headdim", "at least 1", f"{dim} (q, k) and {v.shape[3]} (v)")
 
 
-def _forward_fake(q, k, v, causal, softmax_scale, *, backend=None):
-    batch, seqlen_q, heads, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (
-        q.new_empty(batch, seqlen_q, heads, v.shape[3]),
-        q.new_empty(batch, heads, seqlen_q, dtype=lse_dtype),
-    )
-
-
-def _backward_fake(dout, dlse, q, k, v, out, lse, causal, softmax_scale, *, backend=None):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-FORWARD = Op(
-    __package__,
-    "attention_fwd",
-    "(Tensor q, Tensor k, Tensor v, bool causal, float softmax_scale, *, str? backend=None)"
-    " -> (Tensor, Tensor)",
-    fake=_forward_fake,
-    backends=BACKENDS,
-)
-BACKWARD = Op(
-    __package__,
-    "attention_bwd",
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal,"
-    " float softmax_scale, *, str? backend=None) -> (Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
-    backends=BACKENDS,
-    entry="backward",
-)
-
-
-def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
-    q, k, v, ctx.causal, ctx.softmax_scale = inputs
-    ctx.backend = keyword_only_inputs["backend"]
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse = ctx.saved_tensors
-    if dout is None and dlse is None:
-        return None, None, None, None, None
-    if dout is None:
-        dout = torch.zeros_like(out)
-    grads = BACKWARD(
-        dout, dlse, q, k, v, out, lse, ctx.causal, ctx.softmax_scale, backend=ctx.backend
-    )
-    return *grads, None, None
-
-
-FORWARD.register_autograd(_backward, setup_context=_setup_context)
+def check_window(window_size) -> tuple[int, int]:
+    """(left, right) with None made -1."""
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        fail(OP, "window_size", "a pair (left, right)", repr(window_size))
+    for side in window_size:
+        if side is not None and (not isinstance(side, int) or side < 0):
+            fail(OP, "window_size", "(left, right), each None or an int >= 0", repr(window_size))
+    left, right = (-1 if side is None else side for side in window_size)
+    return left, right

@@ -6,6 +6,8 @@ yardstick for the error that the dtype itself brings.
 
 import torch
 
+from .options import Options
+
 
 def why_not(*args) -> str | None:
     return None
@@ -14,8 +16,22 @@ def why_not(*args) -> str | None:
 why_not_backward = why_not
 
 
-def _compute_dtype(q: torch.Tensor, upcast: bool) -> torch.dtype:
-    return torch.float32 if upcast and q.dtype in (torch.bfloat16, torch.float16) else q.dtype
+def lse_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def visible(seqlen_q: int, seqlen_k: int, o: Options, device) -> torch.Tensor | None:
+    """(seqlen_q, seqlen_k), True where the query sees the key; None if all do."""
+    if o.window_left < 0 and o.window_right < 0:
+        return None
+    i = torch.arange(seqlen_q, device=device)[:, None] + seqlen_k - seqlen_q
+    distance = torch.arange(seqlen_k, device=device)[None] - i
+    mask = torch.ones_like(distance, dtype=torch.bool)
+    if o.window_left >= 0:
+        mask &= distance >= -o.window_left
+    if o.window_right >= 0:
+        mask &= distance <= o.window_right
+    return mask
 
 
 def _heads_first(x: torch.Tensor, dtype: torch.dtype, group: int = 1) -> torch.Tensor:
@@ -23,18 +39,26 @@ def _heads_first(x: torch.Tensor, dtype: torch.dtype, group: int = 1) -> torch.T
     return x.repeat_interleave(group, dim=1) if group > 1 else x
 
 
-def visible(seqlen_q: int, seqlen_k: int, causal: bool, device) -> torch.Tensor | None:
-    """(seqlen_q, seqlen_k), True where the query sees the key; None if all do."""
-    if not causal:
-        return None
-    i = torch.arange(seqlen_q, device=device)[:, None] + seqlen_k - seqlen_q
-    return torch.arange(seqlen_k, device=device)[None] <= i
+def _inputs(q, k, v, upcast: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Heads first, in the dtype to compute in, with as many key heads as query heads."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    dtype, group = torch.float32 if upcast and half else q.dtype, q.shape[2] // k.shape[2]
+    return _heads_first(q, dtype), _heads_first(k, dtype, group), _heads_first(v, dtype, group)
 
 
-def _scores(q, k, causal, softmax_scale):
-    s = (q * softmax_scale) @ k.transpose(-1, -2)
-    mask = visible(q.shape[2], k.shape[2], causal, q.device)
+def _scores(q, k, o: Options):
+    s = (q * o.softmax_scale) @ k.transpose(-1, -2)
+    mask = visible(q.shape[2], k.shape[2], o, q.device)
     return s if mask is None else s.masked_fill(~mask, -torch.inf)
+
+
+def _log_sum_exp(s):
+    """Along the last dimension; -inf, with gradient 0, for a row that is empty or all -inf."""
+    if s.shape[-1] == 0:
+        return s.sum(-1) - torch.inf
+    blind = (s == -torch.inf).all(-1)
+    lse = torch.logsumexp(s.masked_fill(blind.unsqueeze(-1), 0), dim=-1)
+    return lse.masked_fill(blind, -torch.inf)
 
 
 def _probabilities(s, lse):
@@ -42,32 +66,27 @@ def _probabilities(s, lse):
     return torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1).to(s.dtype))
 
 
-def forward(q, k, v, causal, softmax_scale, upcast=True):
-    dtype, group = _compute_dtype(q, upcast), q.shape[2] // k.shape[2]
-    qh, kh, vh = (_heads_first(x, dtype, g) for x, g in ((q, 1), (k, group), (v, group)))
-    s = _scores(qh, kh, causal, softmax_scale)
-    if s.shape[-1] == 0:
-        lse = s.new_full(s.shape[:-1], -torch.inf)
-    else:
-        lse = torch.logsumexp(s, dim=-1)
+def forward(q, k, v, *options, upcast=True):
+    o = Options(*options)
+    qh, kh, vh = _inputs(q, k, v, upcast)
+    s = _scores(qh, kh, o)
+    lse = _log_sum_exp(s)
     out = _probabilities(s, lse) @ vh
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out.transpose(1, 2).to(q.dtype).contiguous(), lse.to(lse_dtype)
+    return out.transpose(1, 2).to(q.dtype).contiguous(), lse.to(lse_dtype(q))
 
 
-def backward(dout, dlse, q, k, v, out, lse, causal, softmax_scale, upcast=True):
-    """dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O) + dlse), dQ = scale dS K, dK = scale dS^T Q."""
-    dtype, heads_k = _compute_dtype(q, upcast), k.shape[2]
-    group = q.shape[2] // heads_k
-    qh, kh, vh = (_heads_first(x, dtype, g) for x, g in ((q, 1), (k, group), (v, group)))
-    do, o = _heads_first(dout, dtype), _heads_first(out, dtype)
-    p = _probabilities(_scores(qh, kh, causal, softmax_scale), lse)
-    delta = (do * o).sum(-1)
+def backward(dout, dlse, q, k, v, out, lse, *options, upcast=True):
+    """dS = P * (dO V^T - rowsum(dO O) + dlse); dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q."""
+    o = Options(*options)
+    qh, kh, vh = _inputs(q, k, v, upcast)
+    do, oh = _heads_first(dout, qh.dtype), _heads_first(out, qh.dtype)
+    p = _probabilities(_scores(qh, kh, o), lse)
+    delta = (do * oh).sum(-1)
     if dlse is not None:
-        delta = delta - dlse.to(dtype)
+        delta = delta - dlse.to(delta.dtype)
     ds = p * (do @ vh.transpose(-1, -2) - delta.unsqueeze(-1))
-    dq = ds @ kh * softmax_scale
-    dk = ds.transpose(-1, -2) @ qh * softmax_scale
+    dq = ds @ kh * o.softmax_scale
+    dk = ds.transpose(-1, -2) @ qh * o.softmax_scale
     dv = p.transpose(-1, -2) @ do
 
     def collect(grad, like):  # (batch, heads, seqlen, dim) to the layout and heads of `like`

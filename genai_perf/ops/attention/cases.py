@@ -1,0 +1,114 @@
+"""The cases that the tests and benchmarks of attention share."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    batch: int = 2
+    seqlen_q: int = 64
+    seqlen_k: int = 64
+    nheads: int = 2
+    nheads_k: int = 2
+    headdim: int = 64
+    headdim_v: int | None = None  # None: headdim
+    causal: bool = False
+    window_size: tuple[int | None, int | None] = (None, None)
+    dtype: torch.dtype = torch.float32
+    tags: tuple[str, ...] = ()
+
+
+def _edge(name: str, **fields) -> Case:
+    return Case(name, tags=("edge", "grad"), **fields)
+
+
+SMOKE = (
+    Case("square", tags=("smoke", "grad")),
+    Case("causal", causal=True, nheads=4, tags=("smoke", "grad")),
+    Case("bf16", dtype=torch.bfloat16, causal=True, tags=("smoke", "grad")),
+    Case("fp16", dtype=torch.float16, causal=True, tags=("smoke", "grad")),
+    Case("blocks", seqlen_q=200, seqlen_k=317, nheads=4, causal=True, tags=("smoke", "grad")),
+)
+EDGE = (
+    _edge("one", seqlen_q=1, seqlen_k=1, nheads=1, nheads_k=1, headdim=8),
+    _edge("odd", seqlen_q=5, seqlen_k=7, nheads_k=1, headdim=40),
+    _edge("decode", seqlen_q=1, seqlen_k=300, nheads=7, nheads_k=1, causal=True),
+    _edge("no_queries", seqlen_q=0, seqlen_k=5, headdim=16),
+    _edge("no_keys", seqlen_q=5, seqlen_k=0, headdim=16),
+    _edge("no_batch", batch=0, headdim=16),
+    _edge("blind_rows", seqlen_q=130, seqlen_k=40, causal=True, headdim=16),
+    _edge("blind_tiles", seqlen_q=317, seqlen_k=100, causal=True, headdim=80, headdim_v=32),
+    _edge("group_of_7", seqlen_q=33, seqlen_k=65, nheads=14, causal=True, headdim=32),
+    _edge("dim_111", seqlen_q=97, seqlen_k=193, headdim=111, headdim_v=128),
+    _edge("dim_256", seqlen_q=33, seqlen_k=130, nheads_k=1, headdim=256, causal=True),
+    _edge("dim_1", seqlen_q=9, seqlen_k=9, headdim=1, headdim_v=3),
+    _edge("many_strips", seqlen_q=191, seqlen_k=449, nheads=1, nheads_k=1, headdim=24, causal=True),
+    _edge("window_left", seqlen_q=150, seqlen_k=300, window_size=(20, None), headdim=32),
+    _edge("window_right", seqlen_q=150, seqlen_k=300, window_size=(None, 17), headdim=32),
+    _edge("window_both", seqlen_q=330, seqlen_k=330, window_size=(30, 9), headdim=32, nheads_k=1),
+    _edge("window_causal", seqlen_q=260, seqlen_k=300, window_size=(64, None), causal=True),
+    _edge("window_self", seqlen_q=70, seqlen_k=70, window_size=(0, 0), headdim=16),
+    _edge("window_blind", seqlen_q=230, seqlen_k=60, window_size=(5, 3), headdim=16),
+)
+BENCH = tuple(
+    Case(
+        f"{str(dtype)[6:]}_s{seqlen}_d{dim}_{'causal' if causal else 'full'}",
+        batch=1, seqlen_q=seqlen, seqlen_k=seqlen, nheads=8, nheads_k=8, headdim=dim,
+        causal=causal, dtype=dtype, tags=("bench", "grad"),
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+    for dim in (64, 128)
+    for seqlen in (512, 1024, 2048, 4096)
+    for causal in (False, True)
+)  # fmt: skip
+MODEL = (
+    Case("tiny_python_lm", batch=8, seqlen_q=512, seqlen_k=512, nheads=4, causal=True,
+         tags=("model", "bench", "grad")),
+    Case("llama_8b_layer", batch=1, seqlen_q=1024, seqlen_k=1024, nheads=32, nheads_k=8,
+         headdim=128, causal=True, dtype=torch.bfloat16, tags=("model", "bench", "grad")),
+)  # fmt: skip
+CASES = SMOKE + EDGE + BENCH + MODEL
+
+
+def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict:
+    """The keyword arguments of `genai_perf.attention` for a case, normal and seeded."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    dim_v = case.headdim if case.headdim_v is None else case.headdim_v
+
+    def normal(*shape):
+        x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        return x.to(case.dtype)
+
+    return {
+        "q": normal(case.batch, case.seqlen_q, case.nheads, case.headdim),
+        "k": normal(case.batch, case.seqlen_k, case.nheads_k, case.headdim),
+        "v": normal(case.batch, case.seqlen_k, case.nheads_k, dim_v),
+        "causal": case.causal,
+        "window_size": case.window_size,
+    }
+
+
+def visible_pairs(case: Case) -> int:
+    """How many (query, key) pairs of one head the mask leaves."""
+    offset, total = case.seqlen_k - case.seqlen_q, 0
+    left, right = case.window_size
+    right = 0 if case.causal else right
+    for i in range(offset, offset + case.seqlen_q):
+        lo = 0 if left is None else max(i - left, 0)
+        hi = case.seqlen_k if right is None else min(i + right + 1, case.seqlen_k)
+        total += max(hi - lo, 0)
+    return total
+
+
+def cost(case: Case) -> tuple[int, int]:
+    """(flops of the forward without masked pairs, bytes of q, k, v and out read or written once).
+
+    The backward has 2.5 times the flops.
+    """
+    dim_v = case.headdim if case.headdim_v is None else case.headdim_v
+    flops = 2 * case.batch * case.nheads * visible_pairs(case) * (case.headdim + dim_v)
+    elements = case.seqlen_q * case.nheads + case.seqlen_k * case.nheads_k
+    return flops, case.batch * elements * (case.headdim + dim_v) * case.dtype.itemsize
