@@ -1,1 +1,33 @@
-"""."""
+"""The command `genaiperf`. Commands import torch only when they run, so that --help is quick."""
+
+from typing import Annotated
+
+import typer
+
+from . import compress, demo, doctor
+
+app = typer.Typer(
+    name="genaiperf",
+    help="Compress language models and compare the result with the original, side by side.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.command)
+app.command("compress")(compress.command)
+app.command("doctor")(doctor.command)
+
+
+def main() -> None:
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from .._version import __version__
+
+        typer.echo(f"genaiperf {__version__}")
+        raise typer.Exit

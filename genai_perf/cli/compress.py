@@ -1,0 +1,60 @@
+"""genaiperf compress: a checkpoint folder in, a compressed one out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .console import Stages, need, user_errors
+
+
+def command(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Dense checkpoint folder, Hugging Face format.")
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="Folder to write; must not exist.")
+    ],
+    recipe: Annotated[str, typer.Option(help="A name such as int4-gptq, or a YAML or JSON file.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text, .txt, .json or .jsonl; else Python's standard library's source."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    max_seqlen: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a window; else 2048, or what the model takes at most."),
+    ] = None,
+) -> None:
+    """Compress a checkpoint, one decoder block in memory at a time."""
+    with user_errors():
+        need("hf", "transformers")
+        import genai_perf as gp
+
+        chosen = gp.Recipe.of(recipe)
+        texts = _texts(calibration) if chosen.needs_calibration else None
+        with Stages() as stages:
+            report = gp.compress(
+                source,
+                destination,
+                chosen,
+                calibration=texts,
+                max_seqlen=max_seqlen,
+                n_samples=samples,
+                progress=lambda done, total, what: stages.update("Blocks", done, total, what),
+            )
+        Console().print(str(report), markup=False, highlight=False)
+        typer.echo(f"{destination}: written")
+
+
+def _texts(calibration: Path | None) -> list[str]:
+    from .texts import calibration_text
+
+    text = calibration_text(calibration)
+    if calibration is None:
+        Console(stderr=True).print(
+            f"no --calibration given: calibrating on {text.source}; text like what the model will "
+            "read gives better results"
+        )
+    return list(text.documents)
