@@ -123,17 +123,18 @@ class QuantLinear(nn.Module):
         in_features, out_features: K and N.
         qweight: quantized weight of shape (N, K).
         bias: (N) or None; a Parameter is kept as it is.
+        backend: of `quant_matmul`; None: the best that runs.
     """
 
     def __init__(self, in_features: int, out_features: int, qweight: QuantizedTensor,
-                 bias: torch.Tensor | None = None):  # fmt: skip
+                 bias: torch.Tensor | None = None, *, backend: str | None = None):  # fmt: skip
         super().__init__()
         if tuple(qweight.shape) != (out_features, in_features):
             fail("QuantLinear", "qweight", f"of shape {(out_features, in_features)}",
                  f"shape {tuple(qweight.shape)}")  # fmt: skip
         if bias is not None and tuple(bias.shape) != (out_features,):
             fail("QuantLinear", "bias", f"of shape {(out_features,)}", f"shape {tuple(bias.shape)}")
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.backend = in_features, out_features, backend
         self.weight = QuantizedWeight(qweight)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
@@ -157,7 +158,7 @@ class QuantLinear(nn.Module):
         return cls(k, n, QuantConfig.of(config).quantize(weight), linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return quant_matmul(x, self.weight.tensor(), self.bias)
+        return quant_matmul(x, self.weight.tensor(), self.bias, backend=self.backend)
 
     def extra_repr(self) -> str:
         return (

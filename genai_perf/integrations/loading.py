@@ -1,0 +1,93 @@
+"""A compressed checkpoint as a transformers model that computes from the packed bytes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .._errors import CheckpointError
+from ..formats import QuantizedTensor
+from ..io.checkpoints import Checkpoint, check_finite
+from ..io.dialects import quantized_layers
+from ..nn import QuantLinear
+from . import skeleton
+
+
+def load_compressed(path: str | Path, *, dtype: torch.dtype | None = None,
+                    backend: str | None = None) -> nn.Module:  # fmt: skip
+    """A transformers model whose quantized linears are `genai_perf.nn.QuantLinear`.
+
+    The packed weights go from the file into the modules as they are; no dense copy is made, when
+    loading or when running. Reads compressed-tensors int4, int8 and fp8, GPTQ int4 and int8, and
+    bitsandbytes nf4 and int8; activations stay in the model's dtype, also where the file asks for
+    8-bit ones. A dense folder becomes the model that `from_pretrained` gives.
+
+    Args:
+        path: checkpoint folder.
+        dtype: of the computation and of what is not quantized; None: the checkpoint's.
+        backend: of `genai_perf.quant_matmul`; None: the best that runs.
+
+    Returns:
+        transformers.PreTrainedModel: in eval mode, ready for `generate`; the tokenizer is separate.
+
+    Raises:
+        CheckpointError: see `Checkpoint`; also a quantization that genai_perf does not run, a
+            missing tensor, an unknown architecture; one sentence that names it.
+    """
+    checkpoint = Checkpoint(path)
+    model = skeleton.build(checkpoint, dtype)
+    _place_quantized(checkpoint, model, backend)
+    _load_rest(checkpoint, model, model.config.dtype)
+    _load_generation_config(checkpoint.path, model)
+    return model.requires_grad_(False)
+
+
+def _place_quantized(checkpoint: Checkpoint, model: nn.Module, backend: str | None) -> None:
+    """Puts a QuantLinear in the place of every linear whose weight the checkpoint has quantized."""
+    prefix = f"{model.base_model_prefix}."
+    layers = quantized_layers(checkpoint)
+    for name, linear in list(model.named_modules()):
+        if skeleton.is_linear(linear):
+            spellings = (name, name.removeprefix(prefix), prefix + name)
+            stored = next((layers.pop(s) for s in spellings if s in layers), None)
+            if stored is not None:
+                qweight = stored.read(checkpoint, model.config.dtype)
+                model.set_submodule(name, _quant_linear(name, linear, qweight, backend))
+    if layers:
+        raise CheckpointError(f"{checkpoint.path}: {next(iter(layers))!r} is quantized, and is no "
+                              f"linear layer of {type(model).__name__}")  # fmt: skip
+
+
+def _quant_linear(name: str, linear: nn.Module, qweight: QuantizedTensor,
+                  backend: str | None) -> QuantLinear:  # fmt: skip
+    """The module that takes the place of `linear`; its bytes leave the mapped file, aligned."""
+    weight = linear.weight.T if skeleton.is_conv1d(linear) else linear.weight
+    if weight.shape != qweight.shape:
+        raise CheckpointError(f"{name}.weight: must have shape {list(weight.shape)}, "
+                              f"got {list(qweight.shape)}")  # fmt: skip
+    components = {key: tensor.clone() for key, tensor in qweight.components().items()}
+    n, k = weight.shape
+    return QuantLinear(k, n, replace(qweight, **components), linear.bias, backend=backend)
+
+
+def _load_rest(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> None:
+    """Everything that is not a quantized weight: embeddings, norms, biases, skipped linears."""
+    names = skeleton.Names(checkpoint, model)
+    for name, tensor in list(skeleton.stored(model)):
+        if tensor.device.type == "meta":
+            value = names.get(name, tensor.shape)
+            check_finite(name, value)
+            skeleton.assign(model, name, value.to(dtype, copy=True))
+    model.tie_weights()
+
+
+def _load_generation_config(folder: Path, model: nn.Module) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").exists():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{folder / 'generation_config.json'}: {reason}") from error
