@@ -1,6 +1,7 @@
 """genaiperf doctor: what this machine has, which backends would run and why others would not."""
 
 import json
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -145,16 +146,18 @@ def _grouped(calls: list[dict]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def registry() -> dict[str, tuple[str, ...]]:
-    """Every registered op and its backends in order of preference, read from the api modules."""
+    """Every registered op and its backends in order of preference, by package in OPS' order."""
     from .._dispatch import Op
     from ..ops import OPS
 
     found = {}
     for name in OPS:
-        api = import_module(f"genai_perf.ops.{name}.api")
-        for op in vars(api).values():
-            if isinstance(op, Op):
-                found[op.name] = op.backends
+        package = f"genai_perf.ops.{name}"
+        import_module(package)
+        inside = [m for key, m in sys.modules.items() if f"{key}.".startswith(f"{package}.")]
+        for value in (value for module in inside for value in vars(module).values()):
+            if isinstance(value, Op):
+                found[value.name] = value.backends
     return found
 
 
