@@ -20,7 +20,7 @@ _EXPORTS = {
     "quant_matmul": "ops.quant_matmul",
     "QuantLinear": "nn",
     "quantize_model": "nn",
-    "compress": "compression",
+    "compress": "integrations.pipeline",
     "Recipe": "compression",
     "RTN": "compression",
     "GPTQ": "compression",

@@ -1,0 +1,225 @@
+"""The engine: a recipe over a model of which one decoder block is in memory at a time."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .._errors import CalibrationError, CheckpointError
+from ..io import bitsandbytes, compressed_tensors
+from . import layer as one_layer
+from .capture import inputs_of
+from .hessian import Hessian
+from .recipe import Recipe
+from .report import LayerReport
+
+# Tokens that go through a block at once; more would hold larger activations for no more speed.
+_BATCH_TOKENS = 4096
+
+Progress = Callable[[int, int, str], None]
+
+
+class BlockModel(Protocol):
+    """What the engine needs of a model; `integrations.transformers.CheckpointModel` is one."""
+
+    model: nn.Module
+    blocks: list[tuple[str, nn.Module]]
+
+    def load_block(self, i: int) -> nn.Module: ...
+    def free_block(self, i: int) -> None: ...
+    def block_inputs(self, batches: list[torch.Tensor]) -> Any: ...
+    def forward_block(self, i: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor: ...
+    def block_tensors(self, i: int) -> dict[str, torch.Tensor]: ...
+    def stored_dtype(self, name: str) -> torch.dtype: ...
+    def linears(self, i: int) -> dict[str, nn.Module]: ...
+    def get_weight(self, linear: nn.Module) -> torch.Tensor: ...
+    def set_weight(self, linear: nn.Module, weight: torch.Tensor) -> None: ...
+
+
+@dataclass
+class Outcome:
+    """What `compress_blocks` leaves behind beside the tensors it wrote.
+
+    Attributes:
+        layers: one report for each linear of the blocks, in order.
+        schemes: full name -> compressed-tensors scheme of each quantized layer; None under nf4.
+        notes: what concerns no single layer.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    schemes: dict[str, compressed_tensors.Scheme | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def compress_blocks(
+    model: BlockModel,
+    recipe: Recipe,
+    write: Callable[[dict[str, torch.Tensor]], None],
+    *,
+    windows: torch.Tensor | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Compresses block after block: run with dense weights to collect Hessians, compress every
+    linear, run again with the compressed weights for the next block's inputs, write, free.
+
+    In memory at any time: the inputs of one block for all windows, one block's weights, its
+    Hessians, and the tensors of its solver.
+
+    Args:
+        model: where blocks come from.
+        recipe: what to do to their linears.
+        write: takes the tensors of each finished block, in the checkpoint's names and dtypes.
+        windows: int64 (windows, seqlen) token ids; without, layers see no calibration, which
+            suffices for recipes that need none.
+        progress: called with (blocks finished, blocks in all, what runs now).
+
+    Raises:
+        CalibrationError: a layer's Hessian cannot be used, or a block gives NaN; names it.
+        CheckpointError: a layer that the recipe's checkpoint format cannot hold.
+    """
+    progress = progress or (lambda done, total, what: None)
+    _check_holdable(model, recipe)
+    outcome, total = Outcome(), len(model.blocks)
+    hidden, kwargs = [], []
+    if windows is not None:
+        progress(0, total, "embedding")
+        batches = list(windows.split(max(1, _BATCH_TOKENS // windows.shape[1])))
+        inputs = model.block_inputs(batches)
+        hidden, kwargs = inputs.hidden, inputs.kwargs
+    for i, (prefix, _) in enumerate(model.blocks):
+        progress(i, total, prefix)
+        model.load_block(i)
+        linears = model.linears(i)
+        with inputs_of(linears) as hessians:
+            for batch, call in zip(hidden, kwargs[i] if hidden else (), strict=True):
+                model.forward_block(i, batch, call)
+        stored = _compress_linears(model, linears, hessians, recipe, outcome)
+        if i + 1 < total:
+            for b, call in enumerate(kwargs[i] if hidden else ()):
+                hidden[b] = model.forward_block(i, hidden[b], call)
+                if not torch.isfinite(hidden[b].sum()):
+                    raise CalibrationError(f"{prefix}: its output holds NaN or infinity")
+        tensors = model.block_tensors(i)
+        _note_untouched(prefix, tensors, linears, outcome)
+        for name, replacement in stored.items():
+            del tensors[f"{name}.weight"]
+            tensors |= replacement
+        write(tensors)
+        del tensors, stored
+        model.free_block(i)
+    progress(total, total, "done")
+    _warn_of_few_tokens(outcome)
+    return outcome
+
+
+def quantization_config(model: BlockModel, recipe: Recipe, outcome: Outcome) -> dict | None:
+    """`quantization_config` for config.json, None where nothing is quantized."""
+    if not outcome.schemes:
+        return None
+    dense = [name for name, module in model.model.named_modules()
+             if isinstance(module, nn.Linear) and name not in outcome.schemes]  # fmt: skip
+    if recipe.quantizer.format == "nf4":
+        first = next(iter(outcome.schemes))
+        dtype = model.stored_dtype(f"{first}.weight")
+        return bitsandbytes.quantization_config(
+            double_quant=recipe.quantizer.double_quant, dtype=dtype, skip=dense
+        )
+    return compressed_tensors.quantization_config(outcome.schemes, dense)
+
+
+def _check_holdable(model: BlockModel, recipe: Recipe) -> None:
+    """Refuses, before any work, what the checkpoint format cannot hold."""
+    if recipe.quantizer is None or recipe.quantizer.format == "nf4":
+        return
+    form = recipe.quantizer.format
+    if form not in compressed_tensors.BITS:
+        raise CheckpointError(f"recipe {recipe.name}: no checkpoint format holds {form}; "
+                              f"use one of {', '.join((*compressed_tensors.BITS, 'nf4'))}")  # fmt: skip
+    for i in range(len(model.blocks)):
+        for name, linear in model.linears(i).items():
+            if not isinstance(linear, nn.Linear) and not recipe.skips(name):
+                raise CheckpointError(f"{name}: is a {type(linear).__name__}, and compressed-tensors "
+                                      f"holds {form} for nn.Linear only: use nf4, prune, or skip it")  # fmt: skip
+
+
+def _compress_linears(
+    model: BlockModel,
+    linears: Mapping[str, nn.Module],
+    hessians: Mapping[str, Hessian],
+    recipe: Recipe,
+    outcome: Outcome,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Compresses the linears in place; returns the stored tensors of the quantized ones."""
+    stored = {}
+    shared: dict[Hessian, torch.Tensor] = {}
+    for name, linear in linears.items():
+        hessian = hessians.get(name)
+        tokens = hessian.tokens if hessian else 0
+        weight = model.get_weight(linear).to(model.stored_dtype(f"{name}.weight"))
+        started = time.perf_counter()
+        if recipe.skips(name):
+            outcome.layers.append(_report(name, "dense", weight, None, 0.0, tokens, 0.0, ()))
+            continue
+        if hessian is not None and hessian not in shared:
+            shared = {hessian: hessian.matrix()}  # layers that share one stand side by side
+        if hessian is None and recipe.needs_calibration:
+            raise CalibrationError(f"{name}: no calibration token reached this layer")
+        result = one_layer.compress(weight, shared.get(hessian), recipe, name=name)
+        model.set_weight(linear, result.weight)
+        tensors = None
+        if result.qweight is not None:
+            tensors, scheme = _encode(name, result.qweight)
+            outcome.schemes[name] = scheme
+            stored[name] = tensors
+        outcome.layers.append(
+            _report(name, recipe.name, result.weight, result.qweight, result.error, tokens,
+                    time.perf_counter() - started, result.notes)
+        )  # fmt: skip
+    return stored
+
+
+def _encode(name: str, qweight) -> tuple[dict, compressed_tensors.Scheme | None]:
+    if qweight.format == "nf4":
+        return bitsandbytes.encode(name, qweight), None
+    return compressed_tensors.encode(name, qweight), compressed_tensors.scheme(qweight)
+
+
+def _report(name, recipe, weight, qweight, error, tokens, seconds, notes) -> LayerReport:
+    return LayerReport(
+        name=name,
+        shape=tuple(weight.shape),
+        recipe=recipe,
+        format="dense" if qweight is None else qweight.format,
+        group_size=None if qweight is None else qweight.group_size,
+        sparsity=float((weight == 0).float().mean()) if weight.numel() else 0.0,
+        error=error,
+        tokens=tokens,
+        nbytes=weight.nbytes if qweight is None else qweight.nbytes,
+        seconds=seconds,
+        notes=notes,
+    )
+
+
+def _note_untouched(prefix: str, tensors: Mapping, linears: Mapping, outcome: Outcome) -> None:
+    """Matrices of a block outside its linears, such as experts stacked in one tensor, stay dense,
+    and the report says so."""
+    known = {f"{name}.weight" for name in linears}
+    for name, tensor in tensors.items():
+        if tensor.dim() >= 2 and name not in known:
+            outcome.notes.append(f"{name}: left dense: it belongs to no linear layer")
+
+
+def _warn_of_few_tokens(outcome: Outcome) -> None:
+    short = [layer for layer in outcome.layers if 0 < layer.tokens < layer.shape[1]]
+    if short:
+        first = short[0]
+        note = (f"{len(short)} layers saw fewer calibration tokens than they have inputs, the first "
+                f"is {first.name} with {first.tokens} tokens for {first.shape[1]}: "
+                f"calibrate on more text")  # fmt: skip
+        outcome.notes.append(note)
+        warnings.warn(note, stacklevel=3)

@@ -1,0 +1,131 @@
+"""One linear layer through a recipe."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import QuantizedTensor
+from . import gptq, magnitude, rtn, sparsegpt, wanda
+from .grid import IntGrid
+from .hessian import relative_error
+from .recipe import GPTQ, RTN, Magnitude, Recipe, SparseGPT, Wanda
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A compressed layer.
+
+    Attributes:
+        weight: (out_features, in_features), what is stored stands for it, dtype of the input weight.
+        qweight: the packed weight, None where the recipe only prunes.
+        error: || (W - weight) X ||^2 / || W X ||^2, or that of the weights without a Hessian.
+        notes: what is not as the recipe says, and why.
+    """
+
+    weight: torch.Tensor
+    qweight: QuantizedTensor | None
+    error: float
+    notes: tuple[str, ...] = ()
+
+
+def compress(
+    weight: torch.Tensor, hessian: torch.Tensor | None, recipe: Recipe, *, name: str
+) -> LayerResult:
+    """Applies the recipe's steps to one weight.
+
+    Args:
+        weight: (out_features, in_features), in the dtype that the checkpoint stores.
+        hessian: (in_features, in_features), or None where no step needs it.
+        name: the layer, for messages.
+
+    The int4 group size is the recipe's where it divides in_features, which the checkpoint format
+    needs; else `fitting_group_size`, with a note. Scales of int4 are in the weight's dtype, which is
+    what loaders keep them in. nf4 leaves sizes dense that bitsandbytes 0.50 refuses to multiply on
+    processors with AVX512-BF16.
+    """
+    pruner, quantizer = recipe.pruner, recipe.quantizer
+    notes: tuple[str, ...] = ()
+    group_size = None
+    if quantizer and quantizer.format == "int4":
+        asked = 128 if quantizer.group_size is None else quantizer.group_size
+        group_size = fitting_group_size(weight.shape[1], asked)
+        if group_size != asked:
+            notes = (_group_note(weight.shape[1], asked, group_size),)
+    if quantizer and quantizer.format == "nf4" and (weight.shape[0] % 32 or weight.shape[1] % 64):
+        quantizer = None
+        notes = (f"left unquantized: bitsandbytes runs nf4 of {weight.shape[0]} outputs and "
+                 f"{weight.shape[1]} inputs on some processors only (32 must divide the outputs, 64 "
+                 f"the inputs)",)  # fmt: skip
+    if isinstance(pruner, SparseGPT) and isinstance(quantizer, GPTQ):
+        return _joint(weight, hessian, pruner, quantizer, group_size, name, notes)
+    new, mask, qweight, error = weight, None, None, 0.0
+    if pruner:
+        pruned = _prune(weight, hessian, pruner, name)
+        new, mask, error = pruned.weight, pruned.mask, pruned.error
+    if isinstance(quantizer, GPTQ):
+        result = gptq.solve(
+            weight, hessian, bits=quantizer.bits, group_size=group_size or -1,
+            symmetric=quantizer.symmetric, scales=_scales(quantizer, group_size),
+            search=quantizer.search, act_order=quantizer.act_order, mask=mask,
+            damp_frac=quantizer.damp_frac, block_size=quantizer.block_size,
+            scale_dtype=_scale_dtype(weight, quantizer.format), name=name,
+        )  # fmt: skip
+        new, qweight, error = result.weight, result.qweight, result.error
+    elif isinstance(quantizer, RTN):
+        options = quantizer.options() | ({"group_size": group_size} if group_size else {})
+        result = rtn.solve(new, format=quantizer.format, name=name, **options,
+                           scale_dtype=_scale_dtype(weight, quantizer.format))  # fmt: skip
+        new, qweight = result.weight, result.qweight
+        error = relative_error(weight, new, hessian)
+    return LayerResult(new, qweight, error, notes)
+
+
+def fitting_group_size(columns: int, group_size: int) -> int:
+    """`group_size` where it divides columns, else the largest power of two from 32 that does and is
+    smaller, else -1: one scale for the row."""
+    if group_size == -1 or columns % group_size == 0:
+        return group_size
+    powers = [1 << p for p in range(5, 16) if 1 << p <= group_size and columns % (1 << p) == 0]
+    return max(powers, default=-1)
+
+
+def _group_note(columns: int, asked: int, used: int) -> str:
+    instead = f"groups of {used}" if used > 0 else "one scale a row"
+    return f"group size {asked} does not divide {columns} inputs: {instead} instead"
+
+
+def _scale_dtype(weight: torch.Tensor, format: str) -> torch.dtype | None:
+    return weight.dtype if format == "int4" else None
+
+
+def _scales(quantizer: GPTQ, group_size: int | None) -> str:
+    """Scales fitted in the sweep need groups; a whole row has its one scale before it."""
+    return quantizer.scales if group_size and group_size > 0 else "static"
+
+
+def _prune(weight, hessian, pruner, name) -> sparsegpt.SparseResult:
+    amount = {"sparsity": pruner.sparsity, "pattern": pruner.pattern, "name": name}
+    match pruner:
+        case SparseGPT():
+            return sparsegpt.solve(
+                weight, hessian, refine=pruner.refine, damp_frac=pruner.damp_frac,
+                block_size=pruner.block_size, **amount,
+            )  # fmt: skip
+        case Wanda():
+            return wanda.solve(weight, hessian, **amount)
+        case Magnitude():
+            return magnitude.solve(weight, hessian, **amount)
+
+
+def _joint(weight, hessian, pruner, quantizer, group_size, name, notes) -> LayerResult:
+    """SparseGPT whose kept weights are rounded to GPTQ's grid in the same sweep."""
+    grid = IntGrid(
+        bits=quantizer.bits, group_size=group_size or -1, symmetric=quantizer.symmetric,
+        scale_dtype=_scale_dtype(weight, quantizer.format), search=quantizer.search,
+    )  # fmt: skip
+    result = sparsegpt.solve(
+        weight, hessian, sparsity=pruner.sparsity, pattern=pruner.pattern, quantizer=grid,
+        damp_frac=pruner.damp_frac, block_size=pruner.block_size, name=name,
+    )  # fmt: skip
+    qweight = grid.pack(result.weight.to(torch.float32), weight.dtype)
+    return LayerResult(qweight.dequantize(), qweight, result.error, notes)

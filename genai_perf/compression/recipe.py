@@ -1,0 +1,327 @@
+"""What to do to a model, as data: frozen steps, names for the usual ones, and files."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import ClassVar
+
+from .. import formats
+from .._checks import check_choice, fail
+from . import masks
+from .grid import IntGrid
+
+
+@dataclass(frozen=True)
+class RTN:
+    """Round to nearest in a format of `genai_perf.formats`; options as in `genai_perf.quantize`."""
+
+    format: str = "int4"
+    group_size: int | None = None
+    symmetric: bool = True
+    double_quant: bool = False
+    granularity: str | None = None
+    method: ClassVar[str] = "rtn"
+    prunes: ClassVar[bool] = False
+
+    def __post_init__(self):
+        formats.get(self.format).spec(**self.options())
+
+    def options(self) -> dict:
+        values = asdict(self)
+        values.pop("format")
+        return values
+
+    @property
+    def name(self) -> str:
+        return f"{self.format}-rtn"
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """GPTQ, with the options of `gptq.solve`."""
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    scales: str = "static"
+    search: bool = True
+    act_order: bool = False
+    damp_frac: float = 0.01
+    block_size: int = 128
+    method: ClassVar[str] = "gptq"
+    prunes: ClassVar[bool] = False
+
+    def __post_init__(self):
+        IntGrid(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        check_choice("GPTQ", "scales", self.scales, ("static", "sweep"))
+        _check_solver(self)
+
+    @property
+    def format(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.format}-gptq"
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """SparseGPT, with the options of `sparsegpt.solve`."""
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    refine: str | None = None
+    damp_frac: float = 0.01
+    block_size: int = 128
+    method: ClassVar[str] = "sparsegpt"
+    prunes: ClassVar[bool] = True
+
+    def __post_init__(self):
+        masks.parse("SparseGPT", self.sparsity, self.pattern)
+        check_choice("SparseGPT", "refine", self.refine, (None, "cg"))
+        _check_solver(self)
+
+    @property
+    def name(self) -> str:
+        return _pruner_name(self)
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Wanda: |weight| times input norm, no update."""
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    method: ClassVar[str] = "wanda"
+    prunes: ClassVar[bool] = True
+
+    def __post_init__(self):
+        masks.parse("Wanda", self.sparsity, self.pattern)
+
+    @property
+    def name(self) -> str:
+        return _pruner_name(self)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """|weight| alone, no calibration needed."""
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    method: ClassVar[str] = "magnitude"
+    prunes: ClassVar[bool] = True
+
+    def __post_init__(self):
+        masks.parse("Magnitude", self.sparsity, self.pattern)
+
+    @property
+    def name(self) -> str:
+        return _pruner_name(self)
+
+
+Step = RTN | GPTQ | SparseGPT | Wanda | Magnitude
+_STEPS = {step.method: step for step in (RTN, GPTQ, SparseGPT, Wanda, Magnitude)}
+# Names for messages and completion; `Recipe.named` takes any fraction, pattern and combination.
+NAMES = (
+    "int8-rtn", "fp8-rtn", "nf4-rtn", "int4-rtn", "int4-gptq", "sparsegpt-0.5", "sparsegpt-2:4",
+    "sparsegpt-0.5+int4-gptq", "magnitude-0.5", "magnitude-2:4", "wanda-0.5", "wanda-2:4",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One pruner, one quantizer, or a pruner and then a quantizer, for the linears of all blocks.
+
+    SparseGPT followed by GPTQ is one sweep that compensates both errors together.
+
+    Args:
+        steps: the steps in order.
+        skip: linears to leave dense, by full name, by last part of the name, or as "re:" and a
+            regular expression that the full name starts with.
+    """
+
+    steps: tuple[Step, ...]
+    skip: tuple[str, ...] = ("lm_head",)
+
+    def __post_init__(self):
+        object.__setattr__(self, "steps", tuple(self.steps))
+        object.__setattr__(self, "skip", tuple(self.skip))
+        if not self.steps or not all(isinstance(step, Step) for step in self.steps):
+            fail("Recipe", "steps", f"one or two of {', '.join(_STEPS)}", repr(self.steps))
+        kinds = tuple(step.prunes for step in self.steps)
+        if kinds not in ((True,), (False,), (True, False)):
+            fail("Recipe", "steps", "one pruner, one quantizer, or a pruner and then a quantizer",
+                 self.name)  # fmt: skip
+        joint = self.pruner and isinstance(self.quantizer, GPTQ)
+        if joint and isinstance(self.pruner, SparseGPT):
+            if self.pruner.refine:
+                raise ValueError("Recipe: SparseGPT(refine=...) cannot be followed by GPTQ: both "
+                                 "set the kept weights")  # fmt: skip
+            if self.quantizer.scales != "static" or self.quantizer.act_order:
+                raise ValueError("Recipe: SparseGPT followed by GPTQ needs scales='static' and "
+                                 "act_order=False: they share one sweep")  # fmt: skip
+        for entry in self.skip:
+            if not isinstance(entry, str):
+                fail("Recipe", "skip", "names", repr(entry))
+            if entry.startswith("re:"):
+                _compile(entry)
+
+    @property
+    def pruner(self) -> SparseGPT | Wanda | Magnitude | None:
+        return next((step for step in self.steps if step.prunes), None)
+
+    @property
+    def quantizer(self) -> RTN | GPTQ | None:
+        return next((step for step in self.steps if not step.prunes), None)
+
+    @property
+    def name(self) -> str:
+        return "+".join(step.name for step in self.steps)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(isinstance(step, GPTQ | SparseGPT | Wanda) for step in self.steps)
+
+    def skips(self, layer: str) -> bool:
+        """Whether the linear of this full name stays dense."""
+        return any(
+            _compile(entry).match(layer) if entry.startswith("re:")
+            else entry in (layer, layer.rpartition(".")[2])
+            for entry in self.skip
+        )  # fmt: skip
+
+    @classmethod
+    def named(cls, name: str) -> "Recipe":
+        """A recipe by name: `<format>-rtn`, `int4-gptq`, `<pruner>-<fraction or n:m>`, or a pruner
+        and a quantizer joined by "+", as in "sparsegpt-0.5+int4-gptq"."""
+        return cls(tuple(_step_named(part, name) for part in name.split("+")))
+
+    def to_dict(self) -> dict:
+        """Plain data that `from_dict` reads back."""
+        steps = [{"method": step.method, **asdict(step)} for step in self.steps]
+        return {"steps": steps, "skip": list(self.skip)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "Recipe":
+        """Reads `{"steps": [{"method": "sparsegpt", "sparsity": 0.5}, ...], "skip": [...]}`.
+
+        Raises:
+            ValueError: an unknown key or method, named with the nearest valid one; a bad value.
+        """
+        _check_keys("recipe", data, ("steps", "skip"))
+        steps = data.get("steps")
+        if not isinstance(steps, list | tuple):
+            fail("recipe", "steps", "a list of steps", repr(steps))
+        skip = data.get("skip", ("lm_head",))
+        if not isinstance(skip, list | tuple):
+            fail("recipe", "skip", "a list of names", repr(skip))
+        return cls(tuple(_step_from(step) for step in steps), tuple(skip))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Recipe":
+        """Reads a .yaml, .yml or .json file with the keys of `from_dict`."""
+        import yaml
+
+        path = Path(path)
+        try:
+            text = path.read_text("utf-8")
+        except OSError as error:
+            raise ValueError(f"recipe file {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe file {path}: is not UTF-8 text") from error
+        try:
+            data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"recipe file {path}: cannot be parsed: {reason}") from error
+        if not isinstance(data, Mapping):
+            fail(f"recipe file {path}", "content", "a mapping with the key 'steps'", repr(data)[:60])
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"recipe file {path}: {error}") from error
+
+    @classmethod
+    def of(cls, value: "Recipe | Step | Mapping | str | Path") -> "Recipe":
+        """A recipe from any of its spellings: itself, one step, a dict, a name or a file."""
+        if isinstance(value, Recipe):
+            return value
+        if isinstance(value, Step):
+            return cls((value,))
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        if isinstance(value, Path) or str(value).endswith((".yaml", ".yml", ".json")):
+            return cls.from_file(value)
+        if isinstance(value, str):
+            return cls.named(value)
+        raise TypeError("recipe must be a Recipe, a step, a dict, a name or a file, "
+                        f"got {type(value).__name__}")  # fmt: skip
+
+
+def _check_solver(step: GPTQ | SparseGPT) -> None:
+    if not step.damp_frac >= 0:
+        fail(type(step).__name__, "damp_frac", "at least 0", step.damp_frac)
+    if step.block_size < 1:
+        fail(type(step).__name__, "block_size", "positive", step.block_size)
+
+
+def _pruner_name(step: SparseGPT | Wanda | Magnitude) -> str:
+    refined = "-cg" if getattr(step, "refine", None) else ""
+    return f"{step.method}-{masks.parse(step.method, step.sparsity, step.pattern)}{refined}"
+
+
+def _compile(entry: str) -> re.Pattern:
+    try:
+        return re.compile(entry.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(f"Recipe: skip {entry!r} is not a regular expression: {error}") from error
+
+
+def _nearest(word: object, valid: tuple[str, ...]) -> str:
+    close = get_close_matches(str(word), valid, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _check_keys(what: str, data: Mapping, valid: tuple[str, ...]) -> None:
+    for key in data:
+        if key not in valid:
+            raise ValueError(f"{what}: unknown key {key!r}; {_nearest(key, valid)}"
+                             f"valid keys: {', '.join(valid)}")  # fmt: skip
+
+
+def _step_named(part: str, name: str) -> Step:
+    if match := re.fullmatch(r"(\w+)-rtn", part):
+        if match[1] in formats.FORMATS:
+            return RTN(match[1])
+    elif match := re.fullmatch(r"int([48])-gptq", part):
+        return GPTQ(bits=int(match[1]), group_size=128 if match[1] == "4" else -1)
+    elif match := re.fullmatch(r"(sparsegpt|wanda|magnitude)-(\d+:\d+|\d*\.?\d+)(-cg)?", part):
+        step, amount = _STEPS[match[1]], match[2]
+        options = {"pattern": amount} if ":" in amount else {"sparsity": float(amount)}
+        if not match[3]:
+            return step(**options)
+        if step is SparseGPT:
+            return SparseGPT(refine="cg", **options)
+    raise ValueError(f"recipe: unknown name {name!r}; {_nearest(name, NAMES)}"
+                     f"names: {', '.join(NAMES)}, or the path of a .yaml or .json file")  # fmt: skip
+
+
+def _step_from(data: object) -> Step:
+    if not isinstance(data, Mapping) or "method" not in data:
+        fail("recipe", "each step", "a mapping with the key 'method'", repr(data)[:60])
+    method = data["method"]
+    if method not in _STEPS:
+        raise ValueError(f"recipe: unknown method {method!r}; {_nearest(method, tuple(_STEPS))}"
+                         f"methods: {', '.join(_STEPS)}")  # fmt: skip
+    options = {key: value for key, value in data.items() if key != "method"}
+    step = _STEPS[method]
+    _check_keys(f"recipe step {method!r}", options, tuple(f.name for f in fields(step)))
+    try:
+        return step(**options)
+    except TypeError as error:  # a value of a type that no comparison takes
+        raise ValueError(f"recipe step {method!r}: {error}") from error

@@ -1,0 +1,119 @@
+"""What a compression did, layer by layer, as data that report.json holds."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer.
+
+    Attributes:
+        name: the module's full name.
+        shape: (out_features, in_features).
+        recipe: what was done to it; "dense" where the recipe skips it.
+        format: how its weight is stored, "dense" or a quantization format.
+        group_size: inputs that share a scale (-1: the row); None where dense.
+        sparsity: fraction of its stored weights that are zero.
+        error: || (W - stored) X ||^2 / || W X ||^2 over the calibration inputs, or, where `tokens`
+            is 0, || W - stored ||^2 / || W ||^2.
+        tokens: calibration tokens that the layer saw.
+        nbytes: bytes of its stored weight, scales and all.
+        seconds: time of its solver.
+        notes: what is not as the recipe says, and why.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    recipe: str
+    format: str
+    group_size: int | None
+    sparsity: float
+    error: float
+    tokens: int
+    nbytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole compression.
+
+    Attributes:
+        recipe: `Recipe.to_dict()`.
+        name: the recipe's name.
+        source, source_hash: the checkpoint folder's name, and sha256 of its config and weights.
+        calibration: windows, max_seqlen, seed and sha256 of the tokens; None without calibration.
+        layers: one entry for each linear of the blocks, in order.
+        nbytes_before, nbytes_after: bytes of all tensors of the checkpoint.
+        seconds: wall time of the whole.
+        peak_rss_bytes: highest resident memory of the process so far.
+        versions: of python, torch, transformers, genai_perf.
+        notes: what concerns no single layer.
+    """
+
+    recipe: dict
+    name: str
+    source: str
+    source_hash: str
+    calibration: dict | None
+    layers: tuple[LayerReport, ...]
+    nbytes_before: int
+    nbytes_after: int
+    seconds: float
+    peak_rss_bytes: int
+    versions: dict[str, str]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def error(self) -> float:
+        """Mean relative error of the layers that were changed."""
+        changed = [layer.error for layer in self.layers if layer.recipe != "dense"]
+        return sum(changed) / len(changed) if changed else 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros among the weights of all reported layers."""
+        sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
+        zeros = sum(layer.sparsity * n for layer, n in zip(self.layers, sizes, strict=True))
+        return zeros / sum(sizes) if sizes else 0.0
+
+    def to_dict(self) -> dict:
+        totals = {"error": self.error, "sparsity": self.sparsity}
+        return {"schema": SCHEMA, **asdict(self), "totals": totals}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Report":
+        """Reads what `to_dict` gave, also through JSON."""
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"report: schema must be {SCHEMA}, got {data.get('schema')!r}")
+        values = {f.name: data[f.name] for f in fields(cls)}
+        layers = []
+        for entry in values["layers"]:
+            entry = {**entry, "shape": tuple(entry["shape"]), "notes": tuple(entry["notes"])}
+            layers.append(LayerReport(**entry))
+        values |= {"layers": tuple(layers), "notes": tuple(values["notes"])}
+        return cls(**values)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Report":
+        """The report of a compressed checkpoint folder."""
+        return cls.from_dict(json.loads((Path(folder) / "report.json").read_text("utf-8")))
+
+    def __str__(self) -> str:
+        """A short summary: sizes, time, the worst layer, every note."""
+        lines = [
+            f"{self.source} -> {self.name}: {self.nbytes_before / 1e6:.1f} MB -> "
+            f"{self.nbytes_after / 1e6:.1f} MB in {self.seconds:.1f} s, mean relative error of "
+            f"layers {self.error:.4f}, {self.sparsity:.1%} zeros"
+        ]
+        if self.layers:
+            worst = max(self.layers, key=lambda layer: layer.error)
+            lines.append(f"largest error {worst.error:.4f}: {worst.name}")
+        lines += self.notes
+        lines += [f"{layer.name}: {note}" for layer in self.layers for note in layer.notes]
+        return "\n".join(lines)

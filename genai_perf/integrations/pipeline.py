@@ -1,0 +1,168 @@
+"""Path in, path out: `genai_perf.compress`."""
+
+import hashlib
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .._errors import CalibrationError, CheckpointError
+from .._version import __version__
+from ..compression import calibration as text
+from ..compression.apply import Progress, compress_blocks, quantization_config
+from ..compression.recipe import Recipe
+from ..compression.report import Report
+from ..io.checkpoints import CONFIG, Checkpoint
+from ..io.writer import ShardWriter
+from .transformers import CheckpointModel
+
+
+def compress(
+    src: str | Path,
+    dst: str | Path,
+    recipe: Recipe | str,
+    *,
+    calibration: str | Path | Sequence[str] | torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    n_samples: int = 128,
+    seed: int = 0,
+    device: str = "cpu",
+    max_shard_size: int | str = "5GB",
+    progress: Progress | None = None,
+) -> Report:
+    """Compresses a checkpoint folder into a new one that transformers loads, block by block.
+
+    Args:
+        src: dense checkpoint folder: config.json, safetensors, tokenizer.
+        dst: the folder to create; it must not exist, and exists only once it is complete.
+        recipe: a Recipe, one step, a name such as "int4-gptq", a dict, or a .yaml or .json file.
+        calibration: a .txt, .json or .jsonl file; or texts; or int64 token ids (windows, seqlen).
+            None suffices for recipes of RTN and Magnitude, whose report then has errors of weights,
+            not of outputs.
+        max_seqlen: tokens in a calibration window; None: 2048, or what the model takes at most.
+        n_samples: windows to calibrate on.
+        seed: of the choice of windows.
+        device: where blocks are computed.
+        max_shard_size: bytes, or text such as "5GB".
+        progress: called with (blocks finished, blocks in all, what runs now).
+
+    Returns:
+        Report: also written as dst/report.json.
+
+    Raises:
+        CheckpointError: src cannot be read, dst exists, a layer that no checkpoint format holds.
+        CalibrationError: no text, too little, or a Hessian that cannot be used; names the layer.
+        ValueError: a recipe that is not one.
+    """
+    started = time.perf_counter()
+    recipe = Recipe.of(recipe)
+    if isinstance(calibration, str | Path):
+        calibration = text.read_texts(calibration)
+    if calibration is None and recipe.needs_calibration:
+        raise CalibrationError(f"recipe {recipe.name} needs calibration text, got none")
+    checkpoint = Checkpoint(src)
+    with ShardWriter(dst, source=src, max_shard_size=max_shard_size) as writer:
+        on_cpu = torch.device(device).type == "cpu"
+        # fp32 on a CPU, which is slow and coarse in half precision; what is stored is in the
+        # checkpoint's dtype either way.
+        model = CheckpointModel(src, dtype=torch.float32 if on_cpu else None, device=device)
+        windows = None
+        if calibration is not None:
+            windows = _windows(model, calibration, max_seqlen, n_samples, seed)
+        nbytes = 0
+
+        def write(tensors: dict[str, torch.Tensor]) -> None:
+            nonlocal nbytes
+            writer.write(tensors)
+            nbytes += sum(tensor.nbytes for tensor in tensors.values())
+
+        outcome = compress_blocks(model, recipe, write, windows=windows, progress=progress)
+        for name, tensor in model.other_tensors():
+            write({name: tensor})
+        notes = [f"{name}: not carried over: the model has no such tensor" for name in model.unused]
+        report = Report(
+            recipe=recipe.to_dict(),
+            name=recipe.name,
+            source=Path(src).resolve().name,
+            source_hash=_hash_files(checkpoint),
+            calibration=None if windows is None else _describe(windows, seed),
+            layers=tuple(outcome.layers),
+            nbytes_before=checkpoint.nbytes,
+            nbytes_after=nbytes,
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=_peak_rss(),
+            versions=_versions(),
+            notes=(*outcome.notes, *notes),
+        )
+        writer.write_json("report.json", report.to_dict())
+        config = dict(checkpoint.config)
+        quantized = quantization_config(model, recipe, outcome)
+        if quantized is not None:
+            config["quantization_config"] = quantized
+        writer.commit(config)
+    return report
+
+
+def _windows(model: CheckpointModel, calibration: Sequence[str] | torch.Tensor,
+             max_seqlen: int | None, n_samples: int, seed: int) -> torch.Tensor:  # fmt: skip
+    vocab_size = model.model.get_input_embeddings().num_embeddings
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(calibration, torch.Tensor):
+        ids = calibration
+        if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
+            raise CalibrationError(f"calibration: token ids must be int64 (windows, seqlen), "
+                                   f"got {ids.dtype} {tuple(ids.shape)}")  # fmt: skip
+        if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+            raise CalibrationError(f"calibration: token ids must be from 0 to {vocab_size - 1}, "
+                                   f"got {int(ids.min())} to {int(ids.max())}")  # fmt: skip
+        return ids
+    if model.tokenizer is None:
+        raise CheckpointError(f"{model.checkpoint.path}: has no tokenizer, which calibration text "
+                              f"needs: give token ids instead")  # fmt: skip
+    if max_seqlen is None:
+        max_seqlen = min(2048, limit or 2048)
+    elif limit is not None and max_seqlen > limit:
+        raise CalibrationError(f"calibration: max_seqlen must be at most {limit}, the model's "
+                               f"max_position_embeddings, got {max_seqlen}")  # fmt: skip
+    return text.windows(
+        calibration,
+        lambda one: model.tokenizer(one, verbose=False).input_ids,
+        max_seqlen=max_seqlen,
+        n_samples=n_samples,
+        vocab_size=vocab_size,
+        seed=seed,
+    )
+
+
+def _describe(windows: torch.Tensor, seed: int) -> dict:
+    digest = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+    count, seqlen = windows.shape
+    return {"windows": count, "max_seqlen": seqlen, "seed": seed, "sha256": digest}
+
+
+def _hash_files(checkpoint: Checkpoint) -> str:
+    digest = hashlib.sha256((checkpoint.path / CONFIG).read_bytes())
+    for file in sorted({checkpoint.info(name).file for name in checkpoint.names()}):
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _peak_rss() -> int:
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "genai_perf": __version__,
+        **{name: metadata.version(name) for name in ("torch", "transformers")},
+    }

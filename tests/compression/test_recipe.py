@@ -1,0 +1,109 @@
+import json
+
+import pytest
+
+from genai_perf.compression import GPTQ, RTN, Magnitude, Recipe, SparseGPT, Wanda
+from genai_perf.compression.recipe import NAMES
+
+
+@pytest.mark.parametrize("name, steps", [
+    ("int8-rtn", (RTN("int8"),)), ("fp8-rtn", (RTN("fp8"),)), ("nf4-rtn", (RTN("nf4"),)),
+    ("int4-rtn", (RTN("int4"),)), ("int4-gptq", (GPTQ(),)),
+    ("int8-gptq", (GPTQ(bits=8, group_size=-1),)),
+    ("sparsegpt-0.5", (SparseGPT(sparsity=0.5),)), ("sparsegpt-2:4", (SparseGPT(pattern="2:4"),)),
+    ("sparsegpt-0.5+int4-gptq", (SparseGPT(sparsity=0.5), GPTQ())),
+    ("sparsegpt-4:8-cg", (SparseGPT(pattern="4:8", refine="cg"),)),
+    ("magnitude-0.5", (Magnitude(sparsity=0.5),)), ("wanda-2:4", (Wanda(pattern="2:4"),)),
+    ("wanda-0.5+int8-rtn", (Wanda(sparsity=0.5), RTN("int8"))),
+])  # fmt: skip
+def test_names(name, steps):
+    recipe = Recipe.named(name)
+    assert recipe == Recipe(steps) == Recipe.of(name)
+    assert recipe.name == name
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_listed_names_are_names():
+    for name in NAMES:
+        assert Recipe.named(name).name == name
+
+
+@pytest.mark.parametrize("name", ["int3-rtn", "int4-gptqq", "sparsegpt", "sparsegpt-0.5+", "", "wanda-0.5-cg"])
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match="unknown name.*names: int8-rtn, "):
+        Recipe.named(name)
+
+
+def test_unknown_names_give_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'int4-gptq'"):
+        Recipe.of("int4-gtpq")
+    with pytest.raises(ValueError, match="unknown key 'sparcity'; did you mean 'sparsity'"):
+        Recipe.of({"steps": [{"method": "sparsegpt", "sparcity": 0.5}]})
+    with pytest.raises(ValueError, match="unknown key 'step'; did you mean 'steps'"):
+        Recipe.of({"step": []})
+    with pytest.raises(ValueError, match="unknown method 'sparse_gpt'; did you mean 'sparsegpt'"):
+        Recipe.of({"steps": [{"method": "sparse_gpt"}]})
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: Recipe.of("sparsegpt-1.5"), "sparsity must be at least 0 and below 1, got 1.5"),
+    (lambda: Recipe.of("sparsegpt-4:2"), "pattern must be"),
+    (lambda: Recipe.of("int4-gptq+sparsegpt-0.5"), "a pruner and then a quantizer, got int4-gptq"),
+    (lambda: Recipe.of("int4-gptq+int8-rtn"), "a pruner and then a quantizer"),
+    (lambda: Recipe.of("sparsegpt-0.5-cg+int4-gptq"), "cannot be followed by GPTQ"),
+    (lambda: Recipe((SparseGPT(sparsity=0.5), GPTQ(act_order=True))), "one sweep"),
+    (lambda: Recipe(()), "steps must be"),
+    (lambda: Recipe((RTN("int8"),), skip=("re:(",)), "not a regular expression"),
+    (lambda: Recipe.from_dict({"steps": "int8-rtn"}), "steps must be a list"),
+    (lambda: Recipe.from_dict({"steps": ["int8-rtn"]}), "each step must be a mapping"),
+    (lambda: Recipe.from_dict({"steps": [{"method": "gptq", "damp_frac": "a"}]}), "'gptq'"),
+    (lambda: RTN("int5"), "format must be one of"),
+    (lambda: RTN("int8", group_size=64), "group_size"),
+    (lambda: GPTQ(bits=3), "bits must be"),
+    (lambda: GPTQ(block_size=0), "block_size must be positive"),
+    (lambda: SparseGPT(sparsity=0.5, damp_frac=-1), "damp_frac"),
+    (lambda: SparseGPT(), "one of sparsity and pattern"),
+])  # fmt: skip
+def test_bad_recipes(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_files(tmp_path):
+    recipe = Recipe((SparseGPT(pattern="2:4"), RTN("nf4", double_quant=True)), skip=("down_proj",))
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe.to_dict()))
+    assert Recipe.of(file) == Recipe.of(str(file)) == recipe
+    file = tmp_path / "recipe.yaml"
+    file.write_text("steps:\n- {method: sparsegpt, pattern: '2:4'}\n"
+                    "- {method: rtn, format: nf4, double_quant: true}\nskip: [down_proj]\n")  # fmt: skip
+    assert Recipe.of(file) == recipe
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.yaml", b"steps: [", "cannot be parsed"),
+    ("a.json", b"{", "cannot be parsed"),
+    ("a.yaml", b"\xff\xfe\x00", "not UTF-8"),
+    ("a.yaml", b"- 1", "must be a mapping"),
+    ("a.yaml", b"steps: [{method: gptq, bit: 4}]", "a.yaml.*unknown key 'bit'; did you mean 'bits'"),
+    ("missing.yaml", None, "missing.yaml: No such file"),
+])  # fmt: skip
+def test_bad_files(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        Recipe.of(tmp_path / name)
+
+
+def test_skip():
+    recipe = Recipe((RTN(),), skip=("lm_head", "model.layers.0.mlp.up_proj", r"re:.*\.3\."))
+    assert recipe.skips("lm_head") and recipe.skips("model.lm_head")
+    assert recipe.skips("model.layers.0.mlp.up_proj")
+    assert not recipe.skips("model.layers.1.mlp.up_proj")
+    assert recipe.skips("model.layers.3.mlp.up_proj")
+    assert not recipe.skips("model.layers.13.mlp.up_proj")
+
+
+def test_who_needs_calibration():
+    need = {name for name in NAMES if Recipe.named(name).needs_calibration}
+    assert need == {name for name in NAMES if "rtn" not in name and "magnitude" not in name}
