@@ -1,5 +1,9 @@
-"""Pruning and quantization: solvers on one layer, recipes, and the engine over a whole checkpoint."""
+"""Pruning and quantization: solvers on one layer, recipes, and the engine over a whole checkpoint.
+
+`genai_perf.compress` is the call that goes from folder to folder.
+"""
 
 from .recipe import GPTQ, RTN, Magnitude, Recipe, SparseGPT, Wanda
+from .report import LayerReport, Report
 
-__all__ = ["GPTQ", "RTN", "Magnitude", "Recipe", "SparseGPT", "Wanda"]
+__all__ = ["GPTQ", "RTN", "LayerReport", "Magnitude", "Recipe", "Report", "SparseGPT", "Wanda"]

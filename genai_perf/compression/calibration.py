@@ -94,8 +94,10 @@ def windows(
                                f"window of max_seqlen={max_seqlen}; give more text or a smaller "
                                f"max_seqlen")  # fmt: skip
     if max(tokens) >= vocab_size:
-        raise CalibrationError(f"calibration: the tokenizer gave token {max(tokens)}, the model's "
-                               f"vocabulary has {vocab_size}: they do not belong together")  # fmt: skip
+        raise CalibrationError(
+            f"calibration: the tokenizer gave token {max(tokens)}, the model's vocabulary has "
+            f"{vocab_size}: they do not belong together"
+        )
     count = len(tokens) // max_seqlen
     cut = torch.tensor(tokens[: count * max_seqlen], dtype=torch.int64).view(count, max_seqlen)
     if count <= n_samples:

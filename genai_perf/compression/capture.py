@@ -41,10 +41,11 @@ class Capture:
 
     def check(self) -> None:
         """Raises CalibrationError where layers that shared their first input later did not."""
-        for name, hessian in self.hessians.items():
-            if self._calls[name] != self._added[hessian]:
-                raise CalibrationError(f"{name}: shares its input with {hessian.name} on some "
-                                       f"calls only, which calibration cannot tell apart")  # fmt: skip
+        for hessian, added in self._added.items():
+            sharing = [name for name, other in self.hessians.items() if other is hessian]
+            if any(self._calls[name] != added for name in sharing):
+                raise CalibrationError(f"{', '.join(sharing)}: share their input on some calls "
+                                       f"only, which calibration cannot tell apart")  # fmt: skip
 
 
 @contextmanager

@@ -116,9 +116,10 @@ class IntGrid:
         columns = weight.shape[1]
         per_weight = (t.T.repeat_interleave(self.width, 1) for t in (self._scale, self._zero))
         codes = self._codes(weight, *(t[:, :columns] for t in per_weight))
-        parts = {"scale": self._scale.T.contiguous().to(self._scale_dtype)}
-        if self.bits == 8:
-            return QuantizedTensor("int8", weight.shape, dtype, codes.to(torch.int8), **parts)
+        scale = self._scale.T.contiguous()
+        if self.bits == 8:  # whose scales are fp32, here with values that scale_dtype holds
+            return QuantizedTensor("int8", weight.shape, dtype, codes.to(torch.int8), scale.float())
+        parts = {"scale": scale.to(self._scale_dtype)}
         if not self.symmetric:
             parts["zero_point"] = (self._zero.T - self._low).to(torch.uint8).contiguous()
         qdata = int4.pack((codes - self._low).to(torch.uint8))

@@ -16,7 +16,7 @@ class LayerResult:
     """A compressed layer.
 
     Attributes:
-        weight: (out_features, in_features), what is stored stands for it, dtype of the input weight.
+        weight: (out_features, in_features), what the stored tensors stand for, in their dtype.
         qweight: the packed weight, None where the recipe only prunes.
         error: || (W - weight) X ||^2 / || W X ||^2, or that of the weights without a Hessian.
         notes: what is not as the recipe says, and why.
@@ -39,9 +39,9 @@ def compress(
         name: the layer, for messages.
 
     The int4 group size is the recipe's where it divides in_features, which the checkpoint format
-    needs; else `fitting_group_size`, with a note. Scales of int4 are in the weight's dtype, which is
-    what loaders keep them in. nf4 leaves sizes dense that bitsandbytes 0.50 refuses to multiply on
-    processors with AVX512-BF16.
+    needs; else `fitting_group_size`, with a note. Scales of int4, int8 and fp8 have values that the
+    weight's dtype holds, because transformers keeps them in it. nf4 leaves sizes
+    dense that bitsandbytes 0.50 refuses to multiply on processors with AVX512-BF16.
     """
     pruner, quantizer = recipe.pruner, recipe.quantizer
     notes: tuple[str, ...] = ()
@@ -53,9 +53,11 @@ def compress(
             notes = (_group_note(weight.shape[1], asked, group_size),)
     if quantizer and quantizer.format == "nf4" and (weight.shape[0] % 32 or weight.shape[1] % 64):
         quantizer = None
-        notes = (f"left unquantized: bitsandbytes runs nf4 of {weight.shape[0]} outputs and "
-                 f"{weight.shape[1]} inputs on some processors only (32 must divide the outputs, 64 "
-                 f"the inputs)",)  # fmt: skip
+        notes = (
+            f"left unquantized: bitsandbytes runs nf4 of {weight.shape[0]} outputs and "
+            f"{weight.shape[1]} inputs on some processors only (32 must divide the outputs, "
+            f"64 the inputs)",
+        )
     if isinstance(pruner, SparseGPT) and isinstance(quantizer, GPTQ):
         return _joint(weight, hessian, pruner, quantizer, group_size, name, notes)
     new, mask, qweight, error = weight, None, None, 0.0
@@ -63,18 +65,20 @@ def compress(
         pruned = _prune(weight, hessian, pruner, name)
         new, mask, error = pruned.weight, pruned.mask, pruned.error
     if isinstance(quantizer, GPTQ):
+        # A whole row has its one scale before the sweep.
+        scales = quantizer.scales if group_size and group_size > 0 else "static"
         result = gptq.solve(
-            weight, hessian, bits=quantizer.bits, group_size=group_size or -1,
-            symmetric=quantizer.symmetric, scales=_scales(quantizer, group_size),
-            search=quantizer.search, act_order=quantizer.act_order, mask=mask,
+            weight, hessian, bits=quantizer.bits, group_size=group_size or -1, mask=mask,
+            symmetric=quantizer.symmetric, search=quantizer.search, scales=scales,
+            act_order=scales == "static" if quantizer.act_order is None else quantizer.act_order,
             damp_frac=quantizer.damp_frac, block_size=quantizer.block_size,
-            scale_dtype=_scale_dtype(weight, quantizer.format), name=name,
+            scale_dtype=weight.dtype, name=name,
         )  # fmt: skip
         new, qweight, error = result.weight, result.qweight, result.error
     elif isinstance(quantizer, RTN):
         options = quantizer.options() | ({"group_size": group_size} if group_size else {})
         result = rtn.solve(new, format=quantizer.format, name=name, **options,
-                           scale_dtype=_scale_dtype(weight, quantizer.format))  # fmt: skip
+                           scale_dtype=weight.dtype)  # fmt: skip
         new, qweight = result.weight, result.qweight
         error = relative_error(weight, new, hessian)
     return LayerResult(new, qweight, error, notes)
@@ -92,15 +96,6 @@ def fitting_group_size(columns: int, group_size: int) -> int:
 def _group_note(columns: int, asked: int, used: int) -> str:
     instead = f"groups of {used}" if used > 0 else "one scale a row"
     return f"group size {asked} does not divide {columns} inputs: {instead} instead"
-
-
-def _scale_dtype(weight: torch.Tensor, format: str) -> torch.dtype | None:
-    return weight.dtype if format == "int4" else None
-
-
-def _scales(quantizer: GPTQ, group_size: int | None) -> str:
-    """Scales fitted in the sweep need groups; a whole row has its one scale before it."""
-    return quantizer.scales if group_size and group_size > 0 else "static"
 
 
 def _prune(weight, hessian, pruner, name) -> sparsegpt.SparseResult:
@@ -121,7 +116,7 @@ def _joint(weight, hessian, pruner, quantizer, group_size, name, notes) -> Layer
     """SparseGPT whose kept weights are rounded to GPTQ's grid in the same sweep."""
     grid = IntGrid(
         bits=quantizer.bits, group_size=group_size or -1, symmetric=quantizer.symmetric,
-        scale_dtype=_scale_dtype(weight, quantizer.format), search=quantizer.search,
+        scale_dtype=weight.dtype, search=quantizer.search,
     )  # fmt: skip
     result = sparsegpt.solve(
         weight, hessian, sparsity=pruner.sparsity, pattern=pruner.pattern, quantizer=grid,

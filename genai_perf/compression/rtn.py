@@ -1,8 +1,11 @@
 """RTN: round to nearest in any of the formats, no calibration. The baseline of quantizers."""
 
+from dataclasses import replace
+
 import torch
 
 from .. import formats
+from ..formats import QuantizedTensor, int4
 from .gptq import QuantizedResult
 from .hessian import relative_error
 from .sparsegpt import check_weight
@@ -26,12 +29,29 @@ def solve(
         weight: (out_features, in_features); not changed.
         hessian: (in_features, in_features), for the result's error alone; None: that of the weight.
         format: a name of `genai_perf.formats.FORMATS`.
-        group_size, symmetric, double_quant, granularity, scale_dtype: as in `genai_perf.quantize`.
+        group_size, symmetric, double_quant, granularity: as in `genai_perf.quantize`.
+        scale_dtype: what scales are rounded to before codes are computed, so that a loader that
+            keeps them in it reads the same weight; nf4, whose scales stay fp32, ignores it.
         name: the layer, for messages.
     """
     check_weight(name, weight, hessian)
     qweight = formats.get(format).quantize(
         weight, group_size=group_size, symmetric=symmetric, double_quant=double_quant,
-        granularity=granularity, scale_dtype=scale_dtype)  # fmt: skip
+        granularity=granularity, scale_dtype=scale_dtype if format == "int4" else None)  # fmt: skip
+    if format in ("int8", "fp8", "fp8_e5m2") and scale_dtype not in (None, torch.float32):
+        qweight = _round_scales(weight, qweight, scale_dtype)
     new = qweight.dequantize()
     return QuantizedResult(qweight, new, relative_error(weight, new, hessian))
+
+
+def _round_scales(weight: torch.Tensor, qweight: QuantizedTensor, dtype: torch.dtype):
+    """The weight in qweight's format with scales, still fp32, that `dtype` holds exactly."""
+    qweight = replace(qweight, scale=int4.round_scale(qweight.scale, dtype).float())
+    ones = torch.ones(qweight.shape, device=weight.device).to(qweight.qdata.dtype)
+    codes = weight.float() / replace(qweight, qdata=ones).dequantize(torch.float32)
+    if qweight.format == "int8":
+        codes = codes.round().clamp(-127, 127)
+    else:
+        largest = torch.finfo(qweight.qdata.dtype).max
+        codes = codes.clamp(-largest, largest)
+    return replace(qweight, qdata=codes.to(qweight.qdata.dtype))

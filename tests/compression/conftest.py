@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread():
-    """The layers here are small: a second thread costs more than it brings, on a busy machine most."""
+    """The layers here are small: a second thread costs more than it brings."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -2,10 +2,11 @@
 Hessian reduced by Gaussian elimination, no blocks of updates and no Cholesky factor."""
 
 import numpy as np
+import torch
 
 
 def damped(hessian, damp_frac):
-    hessian = np.array(hessian, dtype=np.float64)
+    hessian = np.asarray(hessian).astype(np.float64)
     dead = np.diag(hessian) == 0
     hessian[dead, dead] = 1
     return hessian + damp_frac * np.diag(hessian).mean() * np.eye(len(hessian)), dead
@@ -31,7 +32,7 @@ def sparsegpt(
 ):
     """(weight, kept mask); grid: rounds one column, (values, column) -> values."""
     hessian, dead = damped(hessian, 0.01)
-    w = np.array(weight, dtype=np.float64)
+    w = np.asarray(weight).astype(np.float64)
     w[:, dead] = 0
     rows_of_inverse = eliminated_rows(hessian)
     variance = np.array([row[j] for j, row in enumerate(rows_of_inverse)])
@@ -65,7 +66,7 @@ def gptq(weight, hessian, *, group_size, fit, damp_frac=0.01, at_group=False, or
     at_group: fit on updated weights when the sweep arrives; order: the columns as visited.
     """
     hessian, _ = damped(hessian, damp_frac)
-    w = np.array(weight, dtype=np.float64)
+    w = np.asarray(weight).astype(np.float64)
     columns = w.shape[1]
     order = np.arange(columns) if order is None else np.asarray(order)
     rounders = {g: fit(w[:, g : g + group_size]) for g in range(0, columns, group_size)}
@@ -101,11 +102,13 @@ def minmax(symmetric, bits=4):
 
 def least_squares(weight, hessian, kept):
     """Row by row, the exact best values of the kept weights for (v - w) H (v - w)^T."""
-    out = np.zeros_like(weight, dtype=np.float64)
-    for r, row in enumerate(np.asarray(weight, dtype=np.float64)):
-        index = np.flatnonzero(kept[r])
-        out[r, index] = np.linalg.solve(hessian[np.ix_(index, index)], hessian[index] @ row)
-    return out
+    # In torch, whose threads the tests limit: a busy machine makes numpy's small solves crawl.
+    weight, hessian = torch.as_tensor(weight).double(), torch.as_tensor(hessian).double()
+    out = torch.zeros_like(weight)
+    for r, row in enumerate(weight):
+        index = torch.as_tensor(kept[r]).nonzero()[:, 0]
+        out[r, index] = torch.linalg.solve(hessian[index][:, index], hessian[index] @ row)
+    return out.numpy()
 
 
 def error(before, after, hessian):

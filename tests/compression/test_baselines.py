@@ -124,3 +124,20 @@ def test_rtn_is_the_format_and_keeps_zeros(name):
     assert torch.equal(result.weight, formats.get(name).quantize(weight).dequantize())
     assert not result.weight[:, ::2].any()
     assert 0 < result.error < 0.05
+
+
+@pytest.mark.parametrize("options", [
+    {"format": "int8"}, {"format": "fp8"}, {"format": "fp8", "granularity": "block"},
+    {"format": "fp8", "granularity": "tensor"}, {"format": "int4", "group_size": 64},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_have_values_of_the_wanted_dtype(options, dtype):
+    weight, hessian = layer(columns=192)
+    weight[3] *= 1e-4
+    weight[4] = 0
+    result = rtn.solve(weight, hessian, scale_dtype=dtype, **options)
+    result.qweight.check()
+    scale = result.qweight.scale.float()
+    assert torch.equal(scale.to(dtype).float(), scale)
+    assert result.error < 1.1 * rtn.solve(weight, hessian, **options).error
+    assert not result.weight[4].any() and torch.isfinite(result.weight).all()

@@ -28,7 +28,9 @@ def test_listed_names_are_names():
         assert Recipe.named(name).name == name
 
 
-@pytest.mark.parametrize("name", ["int3-rtn", "int4-gptqq", "sparsegpt", "sparsegpt-0.5+", "", "wanda-0.5-cg"])
+@pytest.mark.parametrize(
+    "name", ["int3-rtn", "int4-gptqq", "sparsegpt", "sparsegpt-0.5+", "", "wanda-0.5-cg"]
+)
 def test_unknown_names(name):
     with pytest.raises(ValueError, match="unknown name.*names: int8-rtn, "):
         Recipe.named(name)
@@ -75,8 +77,9 @@ def test_files(tmp_path):
     file.write_text(json.dumps(recipe.to_dict()))
     assert Recipe.of(file) == Recipe.of(str(file)) == recipe
     file = tmp_path / "recipe.yaml"
-    file.write_text("steps:\n- {method: sparsegpt, pattern: '2:4'}\n"
-                    "- {method: rtn, format: nf4, double_quant: true}\nskip: [down_proj]\n")  # fmt: skip
+    text = "steps:\n- {method: sparsegpt, pattern: '2:4'}\n"
+    text += "- {method: rtn, format: nf4, double_quant: true}\nskip: [down_proj]\n"
+    file.write_text(text)
     assert Recipe.of(file) == recipe
 
 
@@ -85,7 +88,7 @@ def test_files(tmp_path):
     ("a.json", b"{", "cannot be parsed"),
     ("a.yaml", b"\xff\xfe\x00", "not UTF-8"),
     ("a.yaml", b"- 1", "must be a mapping"),
-    ("a.yaml", b"steps: [{method: gptq, bit: 4}]", "a.yaml.*unknown key 'bit'; did you mean 'bits'"),
+    ("a.yaml", b"steps: [{method: gptq, bit: 4}]", "a.yaml.*key 'bit'; did you mean 'bits'"),
     ("missing.yaml", None, "missing.yaml: No such file"),
 ])  # fmt: skip
 def test_bad_files(tmp_path, name, content, words):
