@@ -2,6 +2,7 @@
 
 from .checkpoints import Checkpoint, check_finite
 from .conversion import convert
+from .validation import Validation, validate
 from .writer import ShardWriter
 
-__all__ = ["Checkpoint", "ShardWriter", "check_finite", "convert"]
+__all__ = ["Checkpoint", "ShardWriter", "Validation", "check_finite", "convert", "validate"]
