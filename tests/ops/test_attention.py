@@ -31,7 +31,7 @@ def leaves(inputs: dict, dtype=None) -> tuple[dict, dict]:
     """A copy of the inputs whose floating-point tensors want gradients, and these tensors."""
     copy = {
         name: x.detach().to(dtype or x.dtype).requires_grad_()
-        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "alibi_slopes"
         else x
         for name, x in inputs.items()
     }
@@ -112,8 +112,53 @@ def test_against_torch(causal, dtype):
         assert_close_to_oracle(got, ref, same, factor=3)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that flex_attention runs uncompiled
+def test_score_rules_against_flex_attention():
+    """softcap, ALiBi and the window as torch's flex_attention has them (forward only on a CPU)."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    inputs = cases.make_inputs(dataclasses.replace(BY_NAME["everything"], sinks=False))
+    inputs["q"] = inputs["q"] * 3
+    got = run(inputs, backend="native")
+    cap, slopes, (left, right) = inputs["softcap"], inputs["alibi_slopes"], inputs["window_size"]
+    offset = inputs["k"].shape[1] - inputs["q"].shape[1]
+
+    def rule(score, b, h, i, j):
+        distance = j - i - offset
+        score = cap * torch.tanh(score / cap) - slopes[b, h] * distance.abs()
+        return torch.where((distance >= -left) & (distance <= right), score, -torch.inf)
+
+    x = [inputs[n].double().transpose(1, 2) for n in "qkv"]
+    out, lse = flex_attention(*x, score_mod=rule, enable_gqa=True, return_lse=True)
+    with same_precision():
+        same = run(inputs, backend="reference", upstream=got["upstream"])
+    assert_close_to_oracle(got["out"], out.transpose(1, 2), same["out"])
+    assert_close_to_oracle(got["lse"], lse, same["lse"], name="lse")
+
+
+def test_sinks_against_transformers():
+    """The attention of GPT-OSS as transformers writes it, which divides by the sink as well."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    inputs = cases.make_inputs(dataclasses.replace(BY_NAME["sinks"], seqlen_q=40, seqlen_k=40))
+    call, wanted = leaves(inputs)
+    out = gp.attention(**call, backend="native")
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    grads = torch.autograd.grad(out, list(wanted.values()), dout)
+    q, k, v, sinks = (x.detach().double().requires_grad_() for x in wanted.values())
+    module = torch.nn.Module()
+    module.sinks, module.num_key_value_groups = sinks, 4
+    module.eval()
+    mask = torch.full((40, 40), -torch.inf).triu(1)[None, None].double()
+    theirs, _ = gpt_oss.eager_attention_forward(
+        module, *(x.transpose(1, 2) for x in (q, k, v)), mask, scaling=32**-0.5
+    )
+    ref = torch.autograd.grad(theirs, (q, k, v, sinks), dout.double())
+    for got, want in zip((out, *grads), (theirs, *ref), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_gradcheck_of_the_reference():
-    for name in ("odd", "blind_rows", "window_both"):
+    for name in ("odd", "blind_rows", "window_both", "everything"):
         small = dataclasses.replace(BY_NAME[name], seqlen_q=4, seqlen_k=3, headdim=3, batch=1,
                                     nheads=2, nheads_k=1, window_size=(1, None))  # fmt: skip
         call, wanted = leaves(cases.make_inputs(small), torch.float64)
@@ -281,7 +326,7 @@ def test_memory_is_linear(threads):
 
 def test_opcheck():
     q, k, v = (x for x in leaves(cases.make_inputs(BY_NAME["odd"]))[1].values())
-    options = (-1, 0, 0.3)
+    options = (torch.zeros(2), torch.ones(2), -1, 0, 0.3, 2.0)
     torch.library.opcheck(torch.ops.genai_perf.attention_fwd.default, (q, k, v, *options))
     out, lse = gp.attention(q, k, v, return_lse=True)
     args = [x.detach() for x in (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse)]
@@ -324,6 +369,11 @@ BAD = [
     ({"q": torch.zeros(2, 5, 2, 0), "k": torch.zeros(2, 7, 1, 0)}, "headdim must be at least 1"),
     ({"window_size": (-2, 0)}, r"window_size must be \(left, right\)"),
     ({"window_size": 5}, "window_size must be a pair"),
+    ({"softcap": -1.0}, r"softcap must be 0 \(none\) or positive and finite, got -1.0"),
+    ({"alibi_slopes": torch.zeros(3)}, r"alibi_slopes must be \(nheads 2,\) or \(batch"),
+    ({"alibi_slopes": torch.zeros(2).half()}, "alibi_slopes must be one of torch.float32"),
+    ({"alibi_slopes": torch.zeros(2, requires_grad=True)}, "alibi_slopes must be a constant"),
+    ({"sinks": torch.zeros(1)}, r"sinks must be \(nheads 2,\), got \(1,\)"),
     ({"k": torch.zeros(2, 7, 1, 8, device="meta")}, "k must be of the device of q"),
     ({"backend": "tpu"}, "backend must be one of"),
 ]  # fmt: skip

@@ -17,6 +17,9 @@ class Case:
     headdim_v: int | None = None  # None: headdim
     causal: bool = False
     window_size: tuple[int | None, int | None] = (None, None)
+    softcap: float = 0.0
+    alibi: int = 0  # dimensions of alibi_slopes: 0 none, 1 (nheads,), 2 (batch, nheads)
+    sinks: bool = False
     dtype: torch.dtype = torch.float32
     tags: tuple[str, ...] = ()
 
@@ -52,6 +55,44 @@ EDGE = (
     _edge("window_causal", seqlen_q=260, seqlen_k=300, window_size=(64, None), causal=True),
     _edge("window_self", seqlen_q=70, seqlen_k=70, window_size=(0, 0), headdim=16),
     _edge("window_blind", seqlen_q=230, seqlen_k=60, window_size=(5, 3), headdim=16),
+    _edge("softcap", seqlen_q=70, seqlen_k=300, softcap=3.0, causal=True, headdim=40),
+    _edge("softcap_soft", seqlen_q=33, seqlen_k=33, softcap=50.0, headdim=16),
+    _edge("alibi", seqlen_q=130, seqlen_k=300, nheads=4, alibi=1, causal=True, headdim=32),
+    _edge("alibi_by_batch", seqlen_q=97, seqlen_k=45, nheads=3, nheads_k=1, alibi=2, headdim=32),
+    _edge("sinks", seqlen_q=130, seqlen_k=300, nheads=8, sinks=True, causal=True, headdim=32),
+    _edge("sinks_blind", seqlen_q=130, seqlen_k=40, sinks=True, causal=True, headdim=16),
+    _edge("sinks_no_keys", seqlen_q=5, seqlen_k=0, sinks=True, headdim=16),
+    _edge(
+        "gpt_oss",
+        seqlen_q=200,
+        seqlen_k=200,
+        nheads=8,
+        nheads_k=1,
+        sinks=True,
+        causal=True,
+        window_size=(127, None),
+    ),
+    _edge(
+        "gemma_2",
+        seqlen_q=150,
+        seqlen_k=150,
+        nheads=4,
+        softcap=50.0,
+        causal=True,
+        window_size=(63, None),
+        headdim=96,
+    ),
+    _edge(
+        "everything",
+        seqlen_q=70,
+        seqlen_k=130,
+        nheads=16,
+        softcap=5.0,
+        alibi=2,
+        sinks=True,
+        window_size=(99, 30),
+        headdim=24,
+    ),
 )
 BENCH = tuple(
     Case(
@@ -82,12 +123,17 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict:
         x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
         return x.to(case.dtype)
 
+    slopes = 2.0 ** -torch.arange(1, case.nheads + 1, device=device, dtype=torch.float32)
+    by_batch = torch.linspace(1, 2, case.batch, device=device)[:, None]
     return {
         "q": normal(case.batch, case.seqlen_q, case.nheads, case.headdim),
         "k": normal(case.batch, case.seqlen_k, case.nheads_k, case.headdim),
         "v": normal(case.batch, case.seqlen_k, case.nheads_k, dim_v),
         "causal": case.causal,
         "window_size": case.window_size,
+        "softcap": case.softcap,
+        "alibi_slopes": (None, slopes, by_batch * slopes)[case.alibi],
+        "sinks": normal(case.nheads) if case.sinks else None,
     }
 
 

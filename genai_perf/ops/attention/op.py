@@ -4,7 +4,7 @@ import torch
 
 from ..._dispatch import Op
 from . import reference
-from .options import SCHEMA, Options
+from .options import DIFFERENTIABLE, SCHEMA, TENSORS, Options
 
 BACKENDS = ("native", "reference")
 
@@ -18,7 +18,8 @@ def _forward_fake(q, k, v, *options, backend=None):
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, *options, backend=None):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    o = Options(*options)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), reference.empty_like(o.sinks, q)
 
 
 FORWARD = Op(
@@ -28,65 +29,76 @@ FORWARD = Op(
     fake=_forward_fake,
     backends=BACKENDS,
 )
+# The gradients of q, k, v and sinks; that of absent sinks is empty.
 BACKWARD = Op(
     __package__,
     "attention_bwd",
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    f" {SCHEMA}, *, str? backend=None) -> (Tensor, Tensor, Tensor)",
+    f" {SCHEMA}, *, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     backends=BACKENDS,
     entry="backward",
 )
-_NO_OPTIONS = (None,) * len(Options._fields)
+_INPUTS = 3 + DIFFERENTIABLE
+_NO_GRADS = (None,) * (len(Options._fields) - DIFFERENTIABLE)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
-    q, k, v, *ctx.options = inputs
+    ctx.options = inputs[3 + TENSORS :]
     ctx.backend = keyword_only_inputs["backend"]
-    ctx.save_for_backward(q, k, v, *output)
+    ctx.save_for_backward(*inputs[: 3 + TENSORS], *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse):
-    q, k, v, out, lse = ctx.saved_tensors
+    *inputs, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
-        return None, None, None, *_NO_OPTIONS
+        return *(None,) * _INPUTS, *_NO_GRADS
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = BACKWARD(dout, dlse, q, k, v, out, lse, *ctx.options, backend=ctx.backend)
-    return *grads, *_NO_OPTIONS
+    q, k, v, *tensors = inputs
+    grads = BACKWARD(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options, backend=ctx.backend)
+    grads = (g if x is not None else None for g, x in zip(grads, inputs, strict=False))
+    return *grads, *_NO_GRADS
 
 
 def _setup_second(ctx, inputs, keyword_only_inputs, output) -> None:
-    dout, dlse, q, k, v, _, _, *ctx.options = inputs
-    ctx.save_for_backward(dout, dlse, q, k, v)
+    dout, dlse, q, k, v, _, _, *options = inputs
+    ctx.options = options[TENSORS:]
+    ctx.save_for_backward(dout, dlse, q, k, v, *options[:TENSORS])
     ctx.set_materialize_grads(False)
 
 
 def _backward_second(ctx, *grads):
-    """By autograd through the reference: out and lse are functions of q, k and v there, so that the
-    whole derivative arrives at q, k and v and nothing at out and lse."""
-    dout, dlse, *qkv = ctx.saved_tensors
+    """By autograd through the reference: out and lse are functions of the inputs there, so that the
+    whole derivative arrives at the inputs and nothing at out and lse."""
+    dout, dlse, *inputs = ctx.saved_tensors
     with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (dout, dlse, *qkv)]
-        pairs = zip(reference.forward(*leaves[2:], *ctx.options), leaves[:2], strict=True)
-        outputs, upstream = zip(*((y, g) for y, g in pairs if g is not None), strict=True)
-        first = torch.autograd.grad(
-            outputs, leaves[2:], upstream, create_graph=True, materialize_grads=True
-        )
-        taken = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None]
-        if not taken:
-            return None, None, None, None, None, None, None, *_NO_OPTIONS
+        wanted = [dout, dlse, *inputs[:_INPUTS]]
+        wanted = [None if x is None else x.detach().requires_grad_() for x in wanted]
+        upstream, leaves = wanted[:2], wanted[2:]
+        outputs = reference.forward(*leaves, *inputs[_INPUTS:], *ctx.options)
+        pairs = [(y, g) for y, g in zip(outputs, upstream, strict=True) if g is not None]
+        present = [x for x in leaves if x is not None]
+        first = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs], present, [g for _, g in pairs],
+                create_graph=True, materialize_grads=True,
+            )
+        )  # fmt: skip
+        first = [None if x is None else next(first) for x in leaves]
+        pairs = [
+            (f, g) for f, g in zip(first, grads, strict=True) if g is not None and f is not None
+        ]
         second = iter(
             torch.autograd.grad(
-                [f for f, _ in taken],
-                [x for x in leaves if x is not None],
-                [g for _, g in taken],
+                [f for f, _ in pairs], [x for x in wanted if x is not None], [g for _, g in pairs],
                 allow_unused=True,
             )
-        )
-    by_input = [None if x is None else next(second) for x in leaves]
-    return *by_input, None, None, *_NO_OPTIONS
+        )  # fmt: skip
+    dout, dlse, *by_input = (None if x is None else next(second) for x in wanted)
+    q, k, v, *tensors = by_input
+    return dout, dlse, q, k, v, None, None, *tensors, *_NO_GRADS
 
 
 FORWARD.register_autograd(_backward, setup_context=_setup_context)

@@ -2,16 +2,33 @@
 
 from typing import NamedTuple
 
-SCHEMA = "int window_left, int window_right, float softmax_scale"
+from torch import Tensor
+
+SCHEMA = (
+    "Tensor? sinks, Tensor? alibi_slopes, int window_left, int window_right,"
+    " float softmax_scale, float softcap"
+)
 
 
 class Options(NamedTuple):
     """The arguments of `SCHEMA`, in its order.
 
+    sinks: (nheads,), a score without a value in every softmax of its head; None: none.
+    alibi_slopes: float32 (nheads,) or (batch, nheads); the score of query i and key j loses
+        slope * |i + seqlen_k - seqlen_q - j|; None: none.
     window_left, window_right: query i sees keys from i + seqlen_k - seqlen_q - window_left to
         i + seqlen_k - seqlen_q + window_right; -1 is unbounded, causal is window_right 0.
+    softcap: scores become softcap * tanh(score / softcap); 0: none.
     """
 
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
     window_left: int
     window_right: int
     softmax_scale: float
+    softcap: float
+
+
+# The tensors among them that have a gradient come first.
+DIFFERENTIABLE = 1
+TENSORS = 2

@@ -20,12 +20,22 @@ def lse_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def empty_like(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Room for the gradient of x: nothing for None."""
+    return like.new_empty(0) if x is None else torch.empty_like(x)
+
+
+def _distance(seqlen_q: int, seqlen_k: int, device) -> torch.Tensor:
+    """(seqlen_q, seqlen_k): key position minus query position, the last of both aligned."""
+    i = torch.arange(seqlen_q, device=device)[:, None] + seqlen_k - seqlen_q
+    return torch.arange(seqlen_k, device=device)[None] - i
+
+
 def visible(seqlen_q: int, seqlen_k: int, o: Options, device) -> torch.Tensor | None:
     """(seqlen_q, seqlen_k), True where the query sees the key; None if all do."""
     if o.window_left < 0 and o.window_right < 0:
         return None
-    i = torch.arange(seqlen_q, device=device)[:, None] + seqlen_k - seqlen_q
-    distance = torch.arange(seqlen_k, device=device)[None] - i
+    distance = _distance(seqlen_q, seqlen_k, device)
     mask = torch.ones_like(distance, dtype=torch.bool)
     if o.window_left >= 0:
         mask &= distance >= -o.window_left
@@ -46,14 +56,24 @@ def _inputs(q, k, v, upcast: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return _heads_first(q, dtype), _heads_first(k, dtype, group), _heads_first(v, dtype, group)
 
 
-def _scores(q, k, o: Options):
-    s = (q * o.softmax_scale) @ k.transpose(-1, -2)
+def _scores(q, k, o: Options) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(batch, heads, seqlen_q, seqlen_k) scores, and where there is a softcap its derivative."""
+    s, slope = (q * o.softmax_scale) @ k.transpose(-1, -2), None
+    if o.softcap:
+        t = torch.tanh(s / o.softcap)
+        s, slope = t * o.softcap, 1 - t * t
+    if o.alibi_slopes is not None:
+        slopes = o.alibi_slopes.to(s.dtype)[..., None, None]
+        s = s - slopes * _distance(q.shape[2], k.shape[2], q.device).abs()
     mask = visible(q.shape[2], k.shape[2], o, q.device)
-    return s if mask is None else s.masked_fill(~mask, -torch.inf)
+    return s if mask is None else s.masked_fill(~mask, -torch.inf), slope
 
 
-def _log_sum_exp(s):
+def _log_sum_exp(s, sinks):
     """Along the last dimension; -inf, with gradient 0, for a row that is empty or all -inf."""
+    if sinks is not None:
+        column = sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)
+        s = torch.cat([s, column], dim=-1)
     if s.shape[-1] == 0:
         return s.sum(-1) - torch.inf
     blind = (s == -torch.inf).all(-1)
@@ -69,28 +89,35 @@ def _probabilities(s, lse):
 def forward(q, k, v, *options, upcast=True):
     o = Options(*options)
     qh, kh, vh = _inputs(q, k, v, upcast)
-    s = _scores(qh, kh, o)
-    lse = _log_sum_exp(s)
+    s, _ = _scores(qh, kh, o)
+    lse = _log_sum_exp(s, o.sinks)
     out = _probabilities(s, lse) @ vh
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse.to(lse_dtype(q))
 
 
 def backward(dout, dlse, q, k, v, out, lse, *options, upcast=True):
-    """dS = P * (dO V^T - rowsum(dO O) + dlse); dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q."""
+    """dS = P * (dO V^T - rowsum(dO O) + dlse), dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q."""
     o = Options(*options)
     qh, kh, vh = _inputs(q, k, v, upcast)
     do, oh = _heads_first(dout, qh.dtype), _heads_first(out, qh.dtype)
-    p = _probabilities(_scores(qh, kh, o), lse)
+    s, slope = _scores(qh, kh, o)
+    p = _probabilities(s, lse)
     delta = (do * oh).sum(-1)
     if dlse is not None:
         delta = delta - dlse.to(delta.dtype)
     ds = p * (do @ vh.transpose(-1, -2) - delta.unsqueeze(-1))
+    if slope is not None:
+        ds = ds * slope
     dq = ds @ kh * o.softmax_scale
     dk = ds.transpose(-1, -2) @ qh * o.softmax_scale
     dv = p.transpose(-1, -2) @ do
+    dsinks = empty_like(o.sinks, q)
+    if o.sinks is not None:  # a key with value 0, so dP = 0
+        p_sink = _probabilities(o.sinks.to(s.dtype)[:, None, None], lse).squeeze(-1)
+        dsinks = -(p_sink * delta).sum((0, 2)).to(o.sinks.dtype)
 
     def collect(grad, like):  # (batch, heads, seqlen, dim) to the layout and heads of `like`
         grad = grad.unflatten(1, (like.shape[2], -1)).sum(2).transpose(1, 2)
         return grad.to(like.dtype).contiguous()
 
-    return collect(dq, q), collect(dk, k), collect(dv, v)
+    return collect(dq, q), collect(dk, k), collect(dv, v), dsinks
