@@ -253,7 +253,7 @@ def _run(paths: dict[str, Path], tokens: Tensor, together: bool, settings: Setti
             if name not in quality:
                 before = len(quality) * len(tokens)
                 quality[name] = perplexity(
-                    loaded[name], tokens, batch_size=8,
+                    loaded[name], tokens, batch_size=_batch_size(loaded[name], tokens),
                     on_batch=lambda n, before=before: progress("Perplexity", before + n, total),
                 )  # fmt: skip
         for phase in ("prefill", "decode"):
@@ -272,6 +272,12 @@ def _run(paths: dict[str, Path], tokens: Tensor, together: bool, settings: Setti
             progress(stage, before + settings.rounds, rounds)  # also where the budget ended it
             samples[phase] |= {name: (timed["dense"], own) for name, own in timed.items()}
     return quality, samples
+
+
+def _batch_size(model: nn.Module, tokens: Tensor) -> int:
+    """Windows a call: at most 8, and logits of at most 128 MB."""
+    logits = tokens.shape[1] * model.config.get_text_config().vocab_size
+    return max(1, min(8, (1 << 25) // logits))
 
 
 def _load(path: Path) -> nn.Module:

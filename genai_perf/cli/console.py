@@ -32,7 +32,7 @@ def user_errors() -> Iterator[None]:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; nothing was written")
+        Console(stderr=True).print("interrupted")
         raise typer.Exit(130) from None
 
 

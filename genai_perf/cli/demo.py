@@ -59,7 +59,7 @@ def _run(model: Path | None, out: Path, quick: bool, calibration: Path | None,
     from ..models import tiny_python_lm
     from .texts import demo_texts
 
-    known, measured = demo_texts(calibration, evaluation)
+    known, measured = demo_texts(calibration, evaluation, embedded=model is None)
     with _folder(out) as work, Stages() as stages:
         report = measure(
             model or tiny_python_lm(),

@@ -17,8 +17,9 @@ def calibration_text(file: Path | None) -> Text:
     return Text(tuple(read_texts(file)), str(file.name))
 
 
-def demo_texts(calibration: Path | None, evaluation: Path | None) -> tuple[Text, Text]:
-    """Calibration and evaluation text of the demo.
+def demo_texts(calibration: Path | None, evaluation: Path | None, *, embedded: bool
+               ) -> tuple[Text, Text]:  # fmt: skip
+    """Calibration and evaluation text of the demo, for the embedded model or another one.
 
     With a calibration file and no evaluation file, the last fifth of the file is kept from
     calibration and measured on, so that the two are of one kind.
@@ -27,7 +28,8 @@ def demo_texts(calibration: Path | None, evaluation: Path | None) -> tuple[Text,
     if evaluation is not None:
         measured = calibration_text(evaluation)
     elif calibration is None:
-        measured = _modules("heldout", "modules of Python's standard library kept from training")
+        unseen = "neither training nor calibration saw" if embedded else "calibration did not see"
+        measured = _modules("heldout", f"modules of Python's standard library that {unseen}")
     else:
         first, last = _split(known.documents)
         known = Text(first, f"the first four fifths of {known.source}")
