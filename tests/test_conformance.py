@@ -1,0 +1,104 @@
+"""What every backend of every op promises, over the ops' own cases.
+
+The oracle comparisons, which differ from op to op, stand in tests/ops.
+"""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+import genai_perf as gp
+from genai_perf.ops import OPS
+
+
+def _attention(case, backend):
+    inputs = import_module("genai_perf.ops.attention.cases").make_inputs(case)
+    leaves = {n: t.requires_grad_() for n, t in inputs.items() if isinstance(t, torch.Tensor)}
+
+    def call():
+        out, lse = gp.attention(**inputs, return_lse=True, backend=backend)
+        grads = torch.autograd.grad(out.float().square().sum(), list(leaves.values()))
+        return {"out": out, "lse": lse} | dict(zip(leaves, grads, strict=True))
+
+    return leaves, call
+
+
+def _quantize(case, backend):
+    x = import_module("genai_perf.ops.quantize.cases").make_inputs(case)
+
+    def call():
+        qt = gp.quantize(x, case.format, **case.options, backend=backend)
+        return qt.components() | {"dequantized": gp.dequantize(qt, backend=backend)}
+
+    return {"x": x}, call
+
+
+def _quant_matmul(case, backend):
+    x, weight, bias = import_module("genai_perf.ops.quant_matmul.cases").make_inputs(case)
+    x.requires_grad_()
+
+    def call():
+        y = gp.quant_matmul(x, weight, bias, backend=backend)
+        return {"y": y, "dx": torch.autograd.grad(y.float().sum(), x)[0]}
+
+    return {"x": x, **weight.components()}, call
+
+
+ADAPTERS = {"attention": _attention, "quantize": _quantize, "quant_matmul": _quant_matmul}
+
+
+def combinations():
+    for op in OPS:
+        for case in import_module(f"genai_perf.ops.{op}.cases").CASES:
+            if "smoke" in case.tags:
+                for backend in ("native", "reference"):
+                    yield pytest.param(op, case, backend, id=f"{op}-{case.name}-{backend}")
+
+
+def test_every_op_is_here():
+    assert set(ADAPTERS) == set(OPS)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """As bytes, so that NaN equals NaN and -0 differs from 0."""
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Fresh tensors hold NaN (255 for integers): an element that a kernel leaves out shows."""
+
+    def poison(name):
+        plain = getattr(torch, name)
+
+        def allocate(*args, **kwargs):
+            tensor = plain(*args, **kwargs)
+            if tensor.device.type == "cpu" and tensor.numel():
+                tensor.untyped_storage().fill_(255)  # all bits set: NaN in every float type
+            return tensor
+
+        monkeypatch.setattr(torch, name, allocate)
+
+    for name in ("empty", "empty_like"):
+        poison(name)
+
+
+@pytest.mark.parametrize("op, case, backend", list(combinations()))
+def test_promises(op, case, backend, poisoned_memory):
+    inputs, call = ADAPTERS[op](case, backend)
+    before = {name: bits(tensor).clone() for name, tensor in inputs.items()}
+    first, second = call(), call()
+    for name, tensor in first.items():
+        assert torch.equal(bits(tensor), bits(second[name])), f"{name} differs between two runs"
+        if tensor.is_floating_point() and name != "lse":
+            assert torch.isfinite(tensor.float()).all(), f"{name}: not finite from finite input"
+    for name, tensor in inputs.items():
+        assert torch.equal(bits(tensor), before[name]), f"input {name} was changed"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backend_that_does_not_exist(op):
+    case = next(c for c in import_module(f"genai_perf.ops.{op}.cases").CASES if "smoke" in c.tags)
+    with pytest.raises(ValueError, match="backend must be one of .*native.*, got 'fastest'"):
+        ADAPTERS[op](case, "fastest")[1]()
