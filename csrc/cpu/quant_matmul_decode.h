@@ -9,12 +9,19 @@
 #include "common/simd.h"
 #include "cpu/quant_matmul.h"
 
+#define GP_INLINE __attribute__((always_inline))
+
 namespace gp {
 namespace GP_ISA {
 
-// fp8 bits with sign, exponent and mantissa moved to their places in fp32 are 2^-120 (e4m3fn) or
-// 2^-112 (e5m2) of the value, subnormals included, if the processor does not flush them.
-constexpr float E4M3_LIFT = 0x1p120f, E5M2_LIFT = 0x1p112f;
+// e4m3fn bits with sign, exponent and mantissa moved to their places in fp32 are 2^-120 of the value,
+// subnormals included, if the processor does not flush them. (e5m2 is the upper half of an fp16.)
+constexpr float E4M3_LIFT = 0x1p120f;
+
+// Into the second-level cache, to be used a page ahead: the processor's own prefetch stops where a
+// page does. (EPYC 9004, one thread reading 4 KiB rows: 36 GB/s, against 25 without it; 1 KiB ahead
+// or into the first level gives no more than 28.)
+static inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
 // A thread may flush subnormals (torch.set_flush_denormal, and what a thread so set has started);
 // while an item of a kernel runs, none does: the result is the same on every thread.

@@ -1,296 +1,205 @@
 // nf4 and int4 weights against a few rows of x. What bounds it is how fast codes become floats in
-// registers; so x is laid out once, in the order in which they come.
-//
-// A chunk is 8*VL weights in 4*VL bytes, decoded to eight vectors. Each lane holds weights of one
-// run of 8 (or, nf4 on AVX2, its half of the chunk), so a group that is a multiple of 8 owns whole
-// lanes: the products of a chunk are summed first and meet their lane's scale once.
+// registers; so x is laid out once, in the order in which they come. Whatever the number of rows, a
+// row of x meets a row of W in the same order of operations.
 #include "common/parallel.h"
-#include "cpu/quant_matmul_decode.h"
+#include "cpu/quant_matmul_chunk.h"
 
 namespace gp {
 namespace GP_ISA {
 namespace {
 
-#define GP_INLINE __attribute__((always_inline))
-
-constexpr int CHUNK = 8 * VL;
-constexpr int CHUNK_BYTES = 4 * VL;
+constexpr int64_t MAX_LAYOUT = int64_t(1) << 21;  // floats of one row of x in all its layouts
 constexpr int MAX_ROWS = 4;  // rows of x that share one decoding in registers
 
-// Codec: element(j, i) is the weight of the chunk that stands in lane i of vector j;
-// decode(p, zero, use) calls use(j, weights) for j = 0..7.
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-
-struct Nf4Codec {
-  Lut lut = make_lut(NF4);
-  static int element(int j, int i) {
-    const int byte = 4 * (j & 3) + (i & 3) + (i < 4 ? 0 : 16);
-    return 2 * byte + (j < 4 ? 0 : 1);
-  }
-  template <class F>
-  GP_INLINE void decode(const uint8_t* p, vf, F&& use) const {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m256i mask = _mm256_set1_epi8(15);
-    __m256 f[4];
-    lookup32(lut, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask), f);
-    for (int r = 0; r < 4; ++r) use(r, vf{f[r]});
-    lookup32(lut, _mm256_and_si256(v, mask), f);
-    for (int r = 0; r < 4; ++r) use(4 + r, vf{f[r]});
-  }
-};
-
-// A nibble at bit 4j of a float's mantissa, under the exponent of 2^(23-4j), is that power plus the
-// code; subtracting the power and the zero point in one step is exact.
-template <bool HasZero>
-struct Int4Codec {
-  static int element(int j, int i) { return 8 * i + j; }
-  template <class F>
-  GP_INLINE void decode(const uint8_t* p, vf zero, F&& use) const {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m256i h = _mm256_srli_epi32(v, 16);
-    const vf z = HasZero ? zero : v_set(8.0f);
-    four<0>(v, h, z, use);
-    four<1>(v, h, z, use);
-    four<2>(v, h, z, use);
-    four<3>(v, h, z, use);
-  }
-
- private:
-  template <int J, class F>
-  GP_INLINE static void four(__m256i v, __m256i h, vf zero, F&& use) {
-    const __m256i mask = _mm256_set1_epi32(15 << 4 * J);
-    const __m256 power = _mm256_set1_ps(float(1 << (23 - 4 * J)));
-    const __m256 base = _mm256_add_ps(power, zero.v);
-    const __m256 a = _mm256_or_ps(_mm256_castsi256_ps(_mm256_and_si256(v, mask)), power);
-    const __m256 b = _mm256_or_ps(_mm256_castsi256_ps(_mm256_and_si256(h, mask)), power);
-    use(J, vf{_mm256_sub_ps(a, base)});
-    use(J + 4, vf{_mm256_sub_ps(b, base)});
-  }
-};
-
-#else
-
-#if defined(__AVX512F__)
-template <int J>
-GP_INLINE inline vf look(__m512 table, __m512i v) {
-  // vpermps looks at the low four bits of each lane alone.
-  return {_mm512_permutexvar_ps(J ? _mm512_srli_epi32(v, 4 * J) : v, table)};
-}
-#define GP_CHUNK_OF(p) _mm512_loadu_si512(p)
-#else
-template <int J>
-GP_INLINE inline vf look(const float* table, uint32_t v) { return {table[v >> 4 * J & 15]}; }
-static inline uint32_t GP_CHUNK_OF(const uint8_t* p) {
-  return uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24;
-}
-#endif
-
-template <bool HighFirst, bool HasZero>
-struct TableCodec {
-#if defined(__AVX512F__)
-  __m512 table;
-  explicit TableCodec(const float* t) : table(_mm512_loadu_ps(t)) {}
-#else
-  const float* table;
-  explicit TableCodec(const float* t) : table(t) {}
-#endif
-  static int element(int j, int i) { return 8 * i + (HighFirst ? j ^ 1 : j); }
-  template <class F>
-  GP_INLINE void decode(const uint8_t* p, vf zero, F&& use) const {
-    const auto v = GP_CHUNK_OF(p);
-    use(0, shift(look<0>(table, v), zero));
-    use(1, shift(look<1>(table, v), zero));
-    use(2, shift(look<2>(table, v), zero));
-    use(3, shift(look<3>(table, v), zero));
-    use(4, shift(look<4>(table, v), zero));
-    use(5, shift(look<5>(table, v), zero));
-    use(6, shift(look<6>(table, v), zero));
-    use(7, shift(look<7>(table, v), zero));
-  }
-
- private:
-  GP_INLINE static vf shift(vf code, vf zero) { return HasZero ? v_sub(code, zero) : code; }
-};
-
-constexpr float SIGNED_CODES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-
-struct Nf4Codec : TableCodec<true, false> {
-  Nf4Codec() : TableCodec(NF4) {}
-};
-template <bool HasZero>
-struct Int4Codec : TableCodec<false, HasZero> {
-  Int4Codec() : TableCodec<false, HasZero>(HasZero ? UNSIGNED_CODES : SIGNED_CODES) {}
-};
-
-#endif
-
-// --- scales by lane ------------------------------------------------------------------------------
-
-// Values of groups of g weights (a multiple of 8), as vectors over the lanes of a chunk.
-class Lanes {
- public:
-  explicit Lanes(int64_t g) : g_(g) {
-    while (shift_ < 62 && int64_t(1) << shift_ < g) ++shift_;
-    power_ = int64_t(1) << shift_ == g;
-    for (int i = 0; i < VL; ++i) lane_[i] = int32_t(8 * i / g);
-  }
-  // For the chunk that begins at weight e; values[0] is that of weights 0..g-1.
-  GP_INLINE vf at(const float* values, int64_t e) const {
-    if (power_ && g_ >= CHUNK) return v_set(values[e >> shift_]);
-#if defined(__AVX512F__)
-    if (power_) return {_mm512_permutexvar_ps(_mm512_loadu_si512(lane_),
-                                              _mm512_loadu_ps(values + (e >> shift_)))};
-#elif defined(__AVX2__)
-    if (power_) return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(values + (e >> shift_)),
-                                                 _mm256_load_si256((const __m256i*)lane_))};
-#endif
-    float lanes[VL];
-    for (int i = 0; i < VL; ++i) lanes[i] = values[(e + 8 * i) / g_];
-    return v_load(lanes);
-  }
-
- private:
-  int64_t g_;
-  int shift_ = 3;
-  bool power_;
-  alignas(64) int32_t lane_[16];
-};
-
-// Scales of `count` groups from `first` on as floats, zeros from group `end` on.
+// Scales of groups first..end-1 as floats, and zeros up to `count` of them.
 void read_scales(const QuantWeight& w, int64_t first, int64_t end, int64_t count, float* out) {
   const int64_t there = end - first < count ? end - first : count;
-  if (w.nested_scale) for (int64_t i = 0; i < there; ++i) out[i] = block_scale(w, first + i);
-  else load_row(out, offset(w.scale, first, w.scale_dtype), there, w.scale_dtype);
+  if (!w.nested_scale) {
+    load_row(out, offset(w.scale, first, w.scale_dtype), there, w.scale_dtype);
+  } else {
+    const uint8_t* codes = static_cast<const uint8_t*>(w.scale) + first;
+    for (int64_t i = 0; i < there; ++i)
+      out[i] = w.dynamic_map[codes[i]] * w.nested_scale[(first + i) >> 8] + *w.scale_offset;
+  }
   for (int64_t i = there; i < count; ++i) out[i] = 0.0f;
 }
 
 // --- one row of W --------------------------------------------------------------------------------
 
 struct Row {
-  const uint8_t* p;     // chunk 0
-  const uint8_t* end;   // of all packed bytes
+  const uint8_t* p;    // chunk 0
   const float* scale;
-  const float* zero;
-  const float* x;       // rows of x in the codec's order, x_stride apart
-  int64_t x_stride, chunks;
-  int64_t into;         // weights of the first group that stand before chunk 0
+  Zeros zeros;
+  const float* x;      // rows of x, laid out for this row of W
+  int64_t chunks;
+  int64_t into;        // weights of the first group that stand before chunk 0
+  int64_t ahead;       // bytes from a weight to the one to prefetch
 };
 
-template <int M, bool HasZero, class Codec>
-GP_INLINE inline void add_chunk(const Codec& codec, const Lanes& lanes, const Row& row, int64_t c,
-                                const uint8_t* p, vf acc[M]) {
-  const vf zero = HasZero ? lanes.at(row.zero, c * CHUNK + row.into) : v_zero();
-  const float* x = row.x + c * CHUNK;
-  vf sum[M];
-  codec.decode(p, zero, [&](int j, vf w) GP_INLINE {
+// sums[m] (two vectors each) += chunks c0..c1-1 of the row times x, which begins with chunk c0.
+// Two sums for each row of x, each four products long before it meets the scale: one of eight would
+// keep too few chunks in flight, and more would cost more to add up.
+template <int M, bool HasZero, bool OneGroup, class Codec>
+__attribute__((noinline)) void dot_piece(const Codec& codec, const Lanes& lanes, const Row& row,
+                                         int64_t c0, int64_t c1, const float* x, int64_t x_stride,
+                                         float* sums) {
+  vf acc[M][2];
+  for (int m = 0; m < M; ++m)
+    for (int h = 0; h < 2; ++h) acc[m][h] = v_load(sums + (2 * m + h) * VL);
+  const uint8_t* p = row.p + c0 * CHUNK_BYTES;
+  for (int64_t c = c0; c < c1; ++c, p += CHUNK_BYTES, x += CHUNK) {
+    prefetch(p + row.ahead);
+    const int64_t e = c * CHUNK + row.into;
+    vf w[8];
+    codec.decode(p, row.zeros, lanes, e, w);
+    const vf scale = lanes.at<OneGroup>(row.scale, e);
     for (int m = 0; m < M; ++m) {
-      const vf xm = v_load(x + m * row.x_stride + j * VL);
-      sum[m] = j == 0 ? v_mul(w, xm) : v_fma(w, xm, sum[m]);
+      const float* xm = x + m * x_stride;
+      vf even = v_mul(w[0], v_load(xm)), odd = v_mul(w[1], v_load(xm + VL));
+      for (int j = 2; j < 8; j += 2) {
+        even = v_fma(w[j], v_load(xm + j * VL), even);
+        odd = v_fma(w[j + 1], v_load(xm + (j + 1) * VL), odd);
+      }
+      acc[m][0] = v_fma(even, scale, acc[m][0]);
+      acc[m][1] = v_fma(odd, scale, acc[m][1]);
     }
-  });
-  const vf scale = lanes.at(row.scale, c * CHUNK + row.into);
-  for (int m = 0; m < M; ++m) acc[m] = v_fma(sum[m], scale, acc[m]);
-}
-
-template <int M, bool HasZero, class Codec>
-void dot_row(const Codec& codec, const Lanes& lanes, const Row& row, float* out) {
-  vf acc[M];
-  for (int m = 0; m < M; ++m) acc[m] = v_zero();
-  const int64_t whole = (row.end - row.p) / CHUNK_BYTES;
-  const int64_t chunks = row.chunks < whole ? row.chunks : whole;
-  for (int64_t c = 0; c < chunks; ++c)
-    add_chunk<M, HasZero>(codec, lanes, row, c, row.p + c * CHUNK_BYTES, acc);
-  if (chunks < row.chunks) {  // the bytes end inside the last chunk of the last rows
-    uint8_t tail[CHUNK_BYTES] = {};
-    const uint8_t* p = row.p + chunks * CHUNK_BYTES;
-    std::memcpy(tail, p, size_t(row.end - p));
-    add_chunk<M, HasZero>(codec, lanes, row, chunks, tail, acc);
   }
-  for (int m = 0; m < M; ++m) out[m] = v_sum(acc[m]);
+  for (int m = 0; m < M; ++m)
+    for (int h = 0; h < 2; ++h) v_store(sums + (2 * m + h) * VL, acc[m][h]);
 }
 
+template <bool HasZero, bool OneGroup, class Codec>
+void dot_piece(int64_t m, const Codec& codec, const Lanes& lanes, const Row& row, int64_t c0,
+               int64_t c1, const float* x, int64_t x_stride, float* sums) {
+  auto* f = m == 1 ? &dot_piece<1, HasZero, OneGroup, Codec>
+          : m == 2 ? &dot_piece<2, HasZero, OneGroup, Codec>
+          : m == 3 ? &dot_piece<3, HasZero, OneGroup, Codec>
+                   : &dot_piece<4, HasZero, OneGroup, Codec>;
+  f(codec, lanes, row, c0, c1, x, x_stride, sums);
+}
+
+int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x < high ? x : high; }
 int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
 // --- the whole product ---------------------------------------------------------------------------
 
-template <class Codec, bool HasZero>
-bool run(const QuantMatmulArgs& a) {
-  const QuantWeight& w = a.w;
-  const bool nf4 = w.format == QuantFormat::nf4;
-  const int64_t n = w.n, k = w.k, m = a.m;
-  // Chunks of nf4 stand on the grid of the flat array, where row r begins r*k % CHUNK after a chunk:
-  // x is laid out once for each such phase, with zeros where a chunk reaches into other rows.
-  const int64_t step = nf4 ? gcd(k, CHUNK) : CHUNK;
-  const int64_t phases = CHUNK / step;
-  const int64_t chunks = (k + CHUNK - step + CHUNK - 1) / CHUNK;
-  const int64_t g = w.group_size > 0 ? w.group_size : int64_t(1) << 48;
-  const int64_t row_groups = (k + g - 1) / g;                      // int4
-  const int64_t groups = chunks * CHUNK / g + 2;                   // that a row can touch
-  const int64_t buffer = (groups + VL + 15) / 16 * 16;
-  const int64_t total_bytes = nf4 ? (n * k + 1) / 2 : n * ((k + 1) / 2);
-  const int64_t total_groups = nf4 ? (n * k + g - 1) / g : n * row_groups;
+// How rows of W and of x stand on the grid of chunks.
+struct Grid {
+  // Rows of int4 begin with a chunk. nf4's chunks stand on the grid of the flat array, where row r
+  // begins r*k % CHUNK weights into a chunk: x is laid out once for each such phase, with zeros
+  // where a chunk reaches into other rows.
+  explicit Grid(const QuantWeight& w)
+      : nf4(w.format == QuantFormat::nf4),
+        k(w.k),
+        step(nf4 ? gcd(w.k, CHUNK) : CHUNK),
+        phases(CHUNK / step),
+        chunks((w.k + CHUNK - step + CHUNK - 1) / CHUNK),
+        g(w.group_size > 0 ? w.group_size : int64_t(1) << 48),
+        row_groups((w.k + g - 1) / g),
+        row_bytes((w.k + 1) / 2),
+        bytes(nf4 ? (w.n * w.k + 1) / 2 : w.n * row_bytes),
+        groups(nf4 ? (w.n * w.k + g - 1) / g : w.n * row_groups) {}
+  int64_t first(int64_t r) const { return nf4 ? r * k / CHUNK * CHUNK : 0; }
+  int64_t phase(int64_t r) const { return nf4 ? r * k % CHUNK : 0; }
 
-  // Waking the other threads costs some 5 us, in which one decodes some 64 k weights.
-  const int threads = n * k < 65536 ? 1 : a.threads;
-  Scratch packed(phases * m * chunks * CHUNK * 4), plain(k * 4), scales(threads * 2 * buffer * 4);
-  if (!packed.ok() || !plain.ok() || !scales.ok()) return false;
-  float* xp = packed.as<float>();
+  bool nf4;
+  int64_t k, step, phases, chunks, g, row_groups, row_bytes, bytes, groups;
+};
+
+// x in the codec's order: xp[phase][m][chunk].
+template <class Codec>
+void pack_x(const QuantMatmulArgs& a, const Grid& grid, float* row, float* xp) {
   int order[CHUNK];
   for (int j = 0; j < 8; ++j)
     for (int i = 0; i < VL; ++i) order[j * VL + i] = Codec::element(j, i);
-  for (int64_t r = 0; r < m; ++r) {
-    float* x = plain.as<float>();
-    load_row(x, offset(a.x, r * k, a.dtype), k, a.dtype);
-    for (int64_t phase = 0; phase < phases; ++phase) {
-      float* dst = xp + (phase * m + r) * chunks * CHUNK;
-      for (int64_t c = 0; c < chunks; ++c, dst += CHUNK) {
-        const int64_t first = c * CHUNK - phase * step;
-        if (first >= 0 && first + CHUNK <= k) {
-          for (int e = 0; e < CHUNK; ++e) dst[e] = x[first + order[e]];
+  for (int64_t m = 0; m < a.m; ++m) {
+    load_row(row, offset(a.x, m * grid.k, a.dtype), grid.k, a.dtype);
+    for (int64_t phase = 0; phase < grid.phases; ++phase) {
+      float* out = xp + (phase * a.m + m) * grid.chunks * CHUNK;
+      for (int64_t c = 0; c < grid.chunks; ++c, out += CHUNK) {
+        const int64_t first = c * CHUNK - phase * grid.step;
+        if (first >= 0 && first + CHUNK <= grid.k) {
+          for (int e = 0; e < CHUNK; ++e) out[e] = row[first + order[e]];
         } else {
           for (int e = 0; e < CHUNK; ++e) {
             const int64_t at = first + order[e];
-            dst[e] = at >= 0 && at < k ? x[at] : 0.0f;
+            out[e] = at >= 0 && at < grid.k ? row[at] : 0.0f;
           }
         }
       }
     }
   }
+}
+
+template <class Codec, bool HasZero, bool OneGroup>
+bool run(const QuantMatmulArgs& a, const Grid& grid, const Lanes& lanes) {
+  const QuantWeight& w = a.w;
+  const int64_t n = w.n, m = a.m, x_stride = grid.chunks * CHUNK;
+  // Waking the other threads costs some 5 us, in which one decodes some 64 k weights.
+  const int threads = n * grid.k < 65536 ? 1 : a.threads;
+  // Rows of W in one item: some 64 KiB.
+  const int64_t rows = clamp(65536 / grid.row_bytes, 1, clamp(n / (2 * threads), 1, 256));
+  // Pieces of columns, so that the x of all rows takes half of a first-level cache.
+  const int64_t piece = 4096 / CHUNK / m, pieces = (grid.chunks + piece - 1) / piece;
+  const int64_t ahead = pieces == 1 ? 4096 : grid.row_bytes * 2 * m;
+  // Scales and zero points of a row, with room for the last load of lanes.
+  const int64_t buffer = (grid.chunks * CHUNK / grid.g + 2 + VL + 15) / 16 * 16;
+  const bool plain_scales = OneGroup && !w.nested_scale && w.scale_dtype == DType::f32;
+  const int64_t row_floats = 2 * m * VL + (plain_scales ? 0 : buffer) + (OneGroup ? 0 : buffer);
+
+  Scratch packed(grid.phases * m * x_stride * 4), plain(grid.k * 4);
+  Scratch floats(threads * rows * row_floats * 4), heads(threads * rows * int64_t(sizeof(Row)));
+  Scratch tail((grid.chunks + 1) * CHUNK_BYTES);
+  if (!packed.ok() || !plain.ok() || !floats.ok() || !heads.ok() || !tail.ok()) return false;
+  const float* xp = packed.as<float>();
+  pack_x<Codec>(a, grid, plain.as<float>(), packed.as<float>());
+  // The bytes may end before the last chunk does: the last rows are read from a copy.
+  const int64_t copied = clamp(grid.chunks * CHUNK_BYTES, 0, grid.bytes);
+  std::memset(tail.as<uint8_t>() + copied, 0, size_t((grid.chunks + 1) * CHUNK_BYTES - copied));
+  std::memcpy(tail.as<uint8_t>(), w.qdata + grid.bytes - copied, size_t(copied));
 
   const Codec codec;
-  const Lanes lanes(g);
-  const int64_t rows = [&] {  // of W in one item: some 64 KiB
-    const int64_t r = 131072 / (k + 1) + 1, fair = (n + 2 * threads - 1) / (2 * threads);
-    return r < fair ? r : fair;
-  }();
   parallel_for((n + rows - 1) / rows, threads, [&](int64_t item, int thread) {
     const KeepSubnormals keep;
-    float* scale = scales.as<float>() + thread * 2 * buffer;
-    float* zero = scale + buffer;
-    const int64_t last = (item + 1) * rows < n ? (item + 1) * rows : n;
-    for (int64_t r = item * rows; r < last; ++r) {
-      const int64_t flat = nf4 ? r * k : 0, phase = flat % CHUNK;
-      const int64_t group = nf4 ? (flat - phase) / g : r * row_groups;
-      const int64_t group_end = nf4 ? total_groups : group + row_groups;
-      read_scales(w, group, group_end, buffer, scale);
-      if (HasZero)
-        for (int64_t i = 0; i < buffer; ++i)
-          zero[i] = group + i < group_end ? float(w.zero_point[group + i]) : 0.0f;
-      Row row{w.qdata + (nf4 ? (flat - phase) / 2 : r * ((k + 1) / 2)), w.qdata + total_bytes,
-              scale, zero, nullptr, chunks * CHUNK, 0, nf4 ? (flat - phase) % g : 0};
-      row.chunks = (phase + k + CHUNK - 1) / CHUNK;
-      const float bias = a.bias ? load_one(a.bias, r, a.bias_dtype) : 0.0f;
-      for (int64_t m0 = 0; m0 < m; m0 += MAX_ROWS) {
-        row.x = xp + (phase / step * m + m0) * chunks * CHUNK;
-        const int64_t left = m - m0;
-        float out[MAX_ROWS];
-        if (left == 1) dot_row<1, HasZero>(codec, lanes, row, out);
-        else if (left == 2) dot_row<2, HasZero>(codec, lanes, row, out);
-        else if (left == 3) dot_row<3, HasZero>(codec, lanes, row, out);
-        else dot_row<4, HasZero>(codec, lanes, row, out);
-        for (int64_t i = 0; i < left && i < MAX_ROWS; ++i)
-          store_one(a.y, (m0 + i) * n + r, out[i] + bias, a.dtype);
+    Row* row = heads.as<Row>() + thread * rows;
+    float* sums = floats.as<float>() + thread * rows * row_floats;
+    float* scales = sums + rows * 2 * m * VL;
+    float* zeros = scales + (plain_scales ? 0 : rows * buffer);
+    const int64_t r0 = item * rows, count = clamp(n - r0, 0, rows);
+    std::memset(sums, 0, size_t(count * 2 * m * VL) * 4);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t first = grid.first(r0 + r), phase = grid.phase(r0 + r);
+      const int64_t group = grid.nf4 ? first / grid.g : (r0 + r) * grid.row_groups;
+      const int64_t end = grid.nf4 ? grid.groups : group + grid.row_groups;
+      const int64_t at = grid.nf4 ? first / 2 : (r0 + r) * grid.row_bytes;
+      const int64_t chunks = (phase + grid.k + CHUNK - 1) / CHUNK;
+      Row& head = row[r];
+      head.p = at + chunks * CHUNK_BYTES <= grid.bytes
+          ? w.qdata + at : tail.as<uint8_t>() + at - (grid.bytes - copied);
+      head.scale = plain_scales ? static_cast<const float*>(w.scale) + group : scales + r * buffer;
+      head.zeros = {HasZero ? w.zero_point + group : nullptr, zeros + r * buffer};
+      head.chunks = chunks;
+      head.x = xp + phase / grid.step * m * x_stride;
+      head.into = first % grid.g;
+      head.ahead = ahead;
+      if (!plain_scales) read_scales(w, group, end, buffer, scales + r * buffer);
+      for (int64_t i = 0; HasZero && !OneGroup && i < buffer; ++i)
+        zeros[r * buffer + i] = group + i < end ? float(w.zero_point[group + i]) : 0.0f;
+    }
+    for (int64_t c0 = 0; c0 < grid.chunks; c0 += piece)
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t c1 = clamp(c0 + piece, 0, row[r].chunks);
+        for (int64_t m0 = 0; m0 < m && c0 < c1; m0 += MAX_ROWS)
+          dot_piece<HasZero, OneGroup>(m - m0, codec, lanes, row[r], c0, c1,
+                                       row[r].x + m0 * x_stride + c0 * CHUNK, x_stride,
+                                       sums + (r * m + m0) * 2 * VL);
+      }
+    for (int64_t r = 0; r < count; ++r) {
+      const float bias = a.bias ? load_one(a.bias, r0 + r, a.bias_dtype) : 0.0f;
+      for (int64_t i = 0; i < m; ++i) {
+        const float* sum = sums + (r * m + i) * 2 * VL;
+        const float y = v_sum(v_add(v_load(sum), v_load(sum + VL)));
+        store_one(a.y, i * n + r0 + r, y + bias, a.dtype);
       }
     }
   });
@@ -300,8 +209,20 @@ bool run(const QuantMatmulArgs& a) {
 }  // namespace
 
 bool quant_matmul_few_4bit(const QuantMatmulArgs& a) {
-  if (a.w.format == QuantFormat::nf4) return run<Nf4Codec, false>(a);
-  return a.w.zero_point ? run<Int4Codec<true>, true>(a) : run<Int4Codec<false>, false>(a);
+  const Grid grid(a.w);
+  // A long odd k needs x laid out in as many ways as a chunk has weights; not for any number of rows,
+  // so that the order of summation never depends on it.
+  if (grid.phases * grid.chunks * CHUNK > MAX_LAYOUT) return quant_matmul_many(a);
+  const Lanes lanes(grid.g);
+  const bool zero = a.w.zero_point != nullptr;
+  if (lanes.one_group()) {
+    if (grid.nf4) return run<Nf4Codec, false, true>(a, grid, lanes);
+    return zero ? run<Int4Codec<true, true>, true, true>(a, grid, lanes)
+                : run<Int4Codec<false, true>, false, true>(a, grid, lanes);
+  }
+  if (grid.nf4) return run<Nf4Codec, false, false>(a, grid, lanes);
+  return zero ? run<Int4Codec<true, false>, true, false>(a, grid, lanes)
+              : run<Int4Codec<false, false>, false, false>(a, grid, lanes);
 }
 
 }  // namespace GP_ISA

@@ -1,6 +1,6 @@
-// int8 and fp8 weights against a few rows of x: bound by memory. Each row of W is summed in blocks
-// of at most 512 weights, in two vectors each, whatever the number of rows of x or of W that are
-// taken together; the scale is applied to a block's sum (128x128 blocks) or at the end.
+// int8 and fp8 weights against a few rows of x: bound by memory. Whatever the number of rows of x and
+// of W that are taken together, a product of two rows is one vector sum over 512 weights at a time
+// (128 where scales have blocks), these sums added up in order, the scale of a row applied last.
 #include "common/parallel.h"
 #include "cpu/quant_matmul_decode.h"
 
@@ -8,111 +8,180 @@ namespace gp {
 namespace GP_ISA {
 namespace {
 
-constexpr int MAX_ROWS = 4;
-constexpr int SPAN = 512;       // weights between two additions to the total
-constexpr int STEP = 2 * VL;    // weights of a row in one step of the inner loop
+constexpr int MAX_ROWS = 4;      // rows of x that share one conversion in registers
+constexpr int MAX_W_ROWS = 8;    // rows of W that share a load of x: 8 sums in flight, with any x
+constexpr int64_t SPAN = 512;    // weights between two additions to the total
+constexpr int64_t LINE = 64;
 
-// VL codes without their scale. fp8_e4m3fn leaves NaN to `special`, which is cheaper.
+constexpr int PAIR = 2 * VL;
+
+// PAIR codes without their scale, times `1 / lift<F>()`. With vectors, a NaN of e4m3fn comes out as a
+// number: `Nans` finds it.
 template <QuantFormat F>
-static inline vf load_finite(const uint8_t* p) {
+GP_INLINE inline void load_pair(const uint8_t* p, vf& a, vf& b) {
 #if defined(__AVX512F__)
-  if (F != QuantFormat::int8) {
-    const int shift = F == QuantFormat::fp8 ? 20 : 21;
-    const __m512i b = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m512i bits = _mm512_and_si512(
-        _mm512_slli_epi32(b, shift), _mm512_set1_epi32(int(0x80000000u | 0x7fu << shift)));
-    return {_mm512_mul_ps(_mm512_castsi512_ps(bits),
-                          _mm512_set1_ps(F == QuantFormat::fp8 ? E4M3_LIFT : E5M2_LIFT))};
+  if (F == QuantFormat::fp8) {
+    const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16(int16_t(0xbf80)));
+    a = {_mm512_cvtph_ps(_mm512_castsi512_si256(half))};
+    b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1))};
+    return;
   }
 #elif defined(__AVX2__)
-  if (F != QuantFormat::int8) {
-    const int shift = F == QuantFormat::fp8 ? 20 : 21;
-    const __m256i b = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    const __m256i bits = _mm256_and_si256(
-        _mm256_slli_epi32(b, shift), _mm256_set1_epi32(int(0x80000000u | 0x7fu << shift)));
-    return {_mm256_mul_ps(_mm256_castsi256_ps(bits),
-                          _mm256_set1_ps(F == QuantFormat::fp8 ? E4M3_LIFT : E5M2_LIFT))};
+  if (F == QuantFormat::fp8) {  // an fp16 with the bits of an e4m3fn is 2^-8 of it
+    const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16(int16_t(0xbf80)));
+    a = {_mm256_cvtph_ps(_mm256_castsi256_si128(half))};
+    b = {_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+    return;
+  }
+  if (F == QuantFormat::fp8_e5m2) {
+    const __m128i w = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), zero = _mm_setzero_si128();
+    a = {_mm256_cvtph_ps(_mm_unpacklo_epi8(zero, w))};
+    b = {_mm256_cvtph_ps(_mm_unpackhi_epi8(zero, w))};
+    return;
   }
 #endif
-  return load_codes<F>(p);
+  a = load_codes<F>(p);
+  b = load_codes<F>(p + VL);
 }
 
-// Whether any of n codes is an infinity or NaN.
+#if defined(__AVX2__)
 template <QuantFormat F>
-static bool special(const uint8_t* p, int64_t n) {
-  const uint8_t least = F == QuantFormat::fp8 ? 0x7f : 0x7c;
-  uint8_t any = 0;
-  for (int64_t i = 0; i < n; ++i) any |= uint8_t((p[i] & 0x7f) >= least);
-  return any != 0;
-}
+constexpr float lift() { return F == QuantFormat::fp8 ? 256.0f : 1.0f; }
 
-// out[r * MAX_ROWS + m] = sum of W[r][i] * x[m][i], for R rows of W and M of x. x has zeros up to a
-// multiple of STEP.
+// Whether a NaN of e4m3fn was among the codes seen: the largest magnitude.
+struct Nans {
+  __m256i most = _mm256_setzero_si256();
+  GP_INLINE void see(const uint8_t* p) {  // LINE of them
+    const __m256i magnitude = _mm256_set1_epi8(0x7f);
+    for (int i = 0; i < LINE; i += 32) {
+      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i));
+      most = _mm256_max_epu8(most, _mm256_and_si256(b, magnitude));
+    }
+  }
+  bool any() const {
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(most, _mm256_set1_epi8(0x7f))) != 0;
+  }
+};
+#else
+template <QuantFormat F>
+constexpr float lift() { return 1.0f; }
+struct Nans {
+  void see(const uint8_t*) {}
+  bool any() const { return false; }
+};
+#endif
+
+// The factor of the block sums in a 128x128 blocked format; null otherwise.
+using BlockScales = const float*;
+
+// sums[r][m] (a vector each) += columns k0..k1-1 of R rows of W times M rows of x. k0 is a multiple
+// of SPAN; x has zeros from column k on. Returns whether a NaN was read as a number.
 template <QuantFormat F, int R, int M>
-void dot_rows(const uint8_t* w, int64_t k, const float* x, int64_t x_stride, const float* block_scale,
-              float* out) {
-  vf total[R][M];
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) total[r][m] = v_zero();
-  const int64_t span = block_scale ? 128 : SPAN;
-  for (int64_t k0 = 0; k0 < k; k0 += span) {
-    const int64_t end = k0 + span < k ? k0 + span : k;
-    vf a[R][M], b[R][M];
+bool dot_rows(const uint8_t* w, int64_t k, int64_t k0, int64_t k1, const float* x, int64_t x_stride,
+              BlockScales block_scales, float* sums, int64_t sums_stride) {
+  const int64_t span = block_scales ? 128 : SPAN;
+  Nans nans;
+  for (; k0 < k1; k0 += span) {
+    const int64_t end = k0 + span < k1 ? k0 + span : k1;
+    vf acc[R][M];
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) a[r][m] = b[r][m] = v_zero();
+      for (int m = 0; m < M; ++m) acc[r][m] = v_zero();
+    const auto add = [&](int r, const uint8_t* p, const vf* xa, const vf* xb) GP_INLINE {
+      vf wa, wb;
+      load_pair<F>(p, wa, wb);
+      for (int m = 0; m < M; ++m) acc[r][m] = v_fma(wb, xb[m], v_fma(wa, xa[m], acc[r][m]));
+    };
+    const auto load_x = [&](int64_t i, vf* xa, vf* xb) GP_INLINE {
+      for (int m = 0; m < M; ++m) {
+        xa[m] = v_load(x + m * x_stride + i);
+        xb[m] = v_load(x + m * x_stride + i + VL);
+      }
+    };
+    vf xa[M], xb[M];
     int64_t i = k0;
-    for (; i + STEP <= end; i += STEP)
+    for (; i + LINE <= end; i += LINE) {
       for (int r = 0; r < R; ++r) {
-        const vf u = load_finite<F>(w + r * k + i), v = load_finite<F>(w + r * k + i + VL);
-        for (int m = 0; m < M; ++m) {
-          a[r][m] = v_fma(u, v_load(x + m * x_stride + i), a[r][m]);
-          b[r][m] = v_fma(v, v_load(x + m * x_stride + i + VL), b[r][m]);
-        }
+        prefetch(w + (R + r) * k + i);
+        if (F == QuantFormat::fp8) nans.see(w + r * k + i);
       }
-    if (i < end)
+      for (int u = 0; u < LINE; u += PAIR) {
+        load_x(i + u, xa, xb);
+        for (int r = 0; r < R; ++r) add(r, w + r * k + i + u, xa, xb);
+      }
+    }
+    for (; i < end; i += PAIR) {
+      load_x(i, xa, xb);
       for (int r = 0; r < R; ++r) {
-        uint8_t tail[STEP] = {};
-        std::memcpy(tail, w + r * k + i, size_t(end - i));
-        const vf u = load_finite<F>(tail), v = load_finite<F>(tail + VL);
-        for (int m = 0; m < M; ++m) {
-          a[r][m] = v_fma(u, v_load(x + m * x_stride + i), a[r][m]);
-          b[r][m] = v_fma(v, v_load(x + m * x_stride + i + VL), b[r][m]);
-        }
+        uint8_t tail[LINE] = {};
+        std::memcpy(tail, w + r * k + i, size_t(end - i < PAIR ? end - i : PAIR));
+        if (F == QuantFormat::fp8) nans.see(tail);
+        add(r, tail, xa, xb);
       }
-    const vf s = v_set(block_scale ? block_scale[k0 / 128] : 1.0f);
+    }
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) total[r][m] = v_fma(v_add(a[r][m], b[r][m]), s, total[r][m]);
+      for (int m = 0; m < M; ++m) {
+        float* sum = sums + r * sums_stride + m * VL;
+        const vf total = v_load(sum);
+        v_store(sum, block_scales ? v_fma(acc[r][m], v_set(block_scales[k0 / 128]), total)
+                                  : v_add(total, acc[r][m]));
+      }
   }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) out[r * MAX_ROWS + m] = v_sum(total[r][m]);
+  return nans.any();
 }
 
-// R rows of W at once keep enough sums in flight: R * M * 2 of them.
 template <QuantFormat F, int R>
-void dot(const uint8_t* w, int64_t k, const float* x, int64_t x_stride, int64_t m,
-         const float* block_scale, float* out) {
-  if (m == 1) return dot_rows<F, R, 1>(w, k, x, x_stride, block_scale, out);
-  constexpr int R2 = R > 2 ? 2 : R;
-  for (int r = 0; r < R; r += R2) {
-    const uint8_t* p = w + r * k;
-    float* o = out + r * MAX_ROWS;
-    if (m == 2) dot_rows<F, R2, 2>(p, k, x, x_stride, block_scale, o);
-    else
-      for (int i = 0; i < R2; ++i, p += k, o += MAX_ROWS)
-        m == 3 ? dot_rows<F, 1, 3>(p, k, x, x_stride, block_scale, o)
-               : dot_rows<F, 1, 4>(p, k, x, x_stride, block_scale, o);
-  }
+bool dot_rows(int64_t m, const uint8_t* w, int64_t k, int64_t k0, int64_t k1, const float* x,
+              int64_t x_stride, BlockScales block_scales, float* sums, int64_t sums_stride) {
+  auto* f = m == 1 ? &dot_rows<F, R, 1> : m == 2 ? &dot_rows<F, R, 2>
+          : m == 3 ? &dot_rows<F, R, 3> : &dot_rows<F, R, 4>;
+  return f(w, k, k0, k1, x, x_stride, block_scales, sums, sums_stride);
+}
+
+// `count` (at most MAX_W_ROWS) rows of W against at most MAX_ROWS of x.
+template <QuantFormat F>
+bool dot(int64_t count, int64_t m, const uint8_t* w, int64_t k, int64_t k0, int64_t k1,
+         const float* x, int64_t x_stride, BlockScales block_scales, float* sums,
+         int64_t sums_stride) {
+  bool nan = false;
+  int64_t r = 0;
+  const auto rows = [&](auto* f, int64_t step) {
+    for (; r + step <= count; r += step)
+      nan |= f(m, w + r * k, k, k0, k1, x, x_stride, block_scales, sums + r * sums_stride,
+               sums_stride);
+  };
+  if (m == 1) rows(&dot_rows<F, 8>, 8);
+  if (m <= 2) rows(&dot_rows<F, 4>, 4);
+  rows(&dot_rows<F, 2>, 2);
+  rows(&dot_rows<F, 1>, 1);
+  return nan;
+}
+
+bool all_finite(const float* row, int64_t n) {
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) finite &= row[i] - row[i] == 0.0f;
+  return finite;
 }
 
 template <QuantFormat F>
 bool run(const QuantMatmulArgs& a) {
   const QuantWeight& w = a.w;
   const int64_t n = w.n, k = w.k, m = a.m;
-  const int64_t padded = (k + STEP - 1) / STEP * STEP, blocks = (k + 127) / 128;
+  const int64_t padded = (k + PAIR - 1) / PAIR * PAIR, blocks = (k + 127) / 128;
   const bool by_block = w.group_size == 128;
+  // Waking the other threads costs some 5 us, in which one converts some 64 k weights.
   const int threads = n * k < 65536 ? 1 : a.threads;
-  Scratch packed(m * padded * 4), scales(threads * blocks * 4), rows_out(threads * padded * 4);
-  if (!packed.ok() || !scales.ok() || !rows_out.ok()) return false;
+  // Rows of one item: some 64 KiB, and never across a row of 128x128 blocks.
+  int64_t rows = MAX_W_ROWS;
+  while (rows < 128 && rows * k < 65536 && rows * 2 * threads < n) rows *= 2;
+  // Pieces of columns, so that the x of all rows takes half of a first-level cache.
+  const int64_t piece = 4096 / m / SPAN * SPAN;
+  const int64_t sums_stride = m * VL;
+
+  Scratch packed(m * padded * 4), scales(threads * blocks * 4), whole(threads * padded * 4);
+  Scratch totals(threads * rows * sums_stride * 4);
+  if (!packed.ok() || !scales.ok() || !whole.ok() || !totals.ok()) return false;
   float* x = packed.as<float>();
   for (int64_t r = 0; r < m; ++r) {
     load_row(x + r * padded, offset(a.x, r * k, a.dtype), k, a.dtype);
@@ -120,49 +189,38 @@ bool run(const QuantMatmulArgs& a) {
   }
 
   const Decoder decoder(w);
-  constexpr int R = 4;
-  // Rows of one item: a multiple of R, some 64 KiB, and never across a row of 128x128 blocks.
-  int64_t rows = R;
-  while (rows < 128 && rows * k < 65536 && rows * 2 * threads < n) rows *= 2;
   parallel_for((n + rows - 1) / rows, threads, [&](int64_t item, int thread) {
     const KeepSubnormals keep;
-    const float* block_scale = nullptr;
+    float* sums = totals.as<float>() + thread * rows * sums_stride;
+    float* block_scales = nullptr;
     if (by_block) {
-      float* s = scales.as<float>() + thread * blocks;
+      block_scales = scales.as<float>() + thread * blocks;
       const int64_t first = item * rows / 128 * blocks;
-      load_row(s, offset(w.scale, first, w.scale_dtype), blocks, w.scale_dtype);
-      block_scale = s;
+      load_row(block_scales, offset(w.scale, first, w.scale_dtype), blocks, w.scale_dtype);
     }
-    const int64_t end = (item + 1) * rows < n ? (item + 1) * rows : n;
-    for (int64_t r = item * rows; r < end;) {
-      const int64_t count = r + R <= end ? R : 1;
-      const uint8_t* p = w.qdata + r * k;
-      for (int64_t m0 = 0; m0 < m; m0 += MAX_ROWS) {
-        const int64_t mm = m - m0 < MAX_ROWS ? m - m0 : MAX_ROWS;
-        float out[R * MAX_ROWS];
-        if (count == R) dot<F, R>(p, k, x + m0 * padded, padded, mm, block_scale, out);
-        else dot<F, 1>(p, k, x + m0 * padded, padded, mm, block_scale, out);
-        for (int64_t j = 0; j < count; ++j) {
-          const float s = by_block ? 1.0f
-              : load_one(w.scale, w.group_size == 0 ? 0 : r + j, w.scale_dtype);
-          const float bias = a.bias ? load_one(a.bias, r + j, a.bias_dtype) : 0.0f;
-          for (int64_t i = 0; i < mm; ++i)
-            store_one(a.y, (m0 + i) * n + r + j, out[j * MAX_ROWS + i] * s + bias, a.dtype);
+    const int64_t r0 = item * rows, count = r0 + rows < n ? rows : n - r0;
+    std::memset(sums, 0, size_t(count * sums_stride) * 4);
+    bool nan = false;
+    for (int64_t k0 = 0; k0 < k; k0 += piece)
+      for (int64_t r = 0; r < count; r += MAX_W_ROWS)
+        for (int64_t m0 = 0; m0 < m; m0 += MAX_ROWS)
+          nan |= dot<F>(count - r < MAX_W_ROWS ? count - r : MAX_W_ROWS, m - m0, w.qdata + (r0 + r) * k, k,
+                        k0, k0 + piece < k ? k0 + piece : k, x + m0 * padded, padded, block_scales,
+                        sums + r * sums_stride + m0 * VL, sums_stride);
+    for (int64_t r = r0; r < r0 + count; ++r) {
+      const float scale = lift<F>() * (by_block ? 1.0f
+          : load_one(w.scale, w.group_size == 0 ? 0 : r, w.scale_dtype));
+      const float bias = a.bias ? load_one(a.bias, r, a.bias_dtype) : 0.0f;
+      float* row = whole.as<float>() + thread * padded;
+      if (nan) decoder.row(r, 0, k, row);  // rare: the rows of such an item are summed one by one
+      for (int64_t i = 0; i < m; ++i) {
+        float y = v_sum(v_load(sums + (r - r0) * sums_stride + i * VL)) * scale;
+        if (nan && !all_finite(row, k)) {
+          y = 0.0f;
+          for (int64_t e = 0; e < k; ++e) y += row[e] * x[i * padded + e];
         }
+        store_one(a.y, i * n + r, y + bias, a.dtype);
       }
-      if (F != QuantFormat::int8)
-        for (int64_t j = 0; j < count; ++j)
-          if (special<F>(p + j * k, k)) {  // rare: such a row is decoded and summed one by one
-            float* row = rows_out.as<float>() + thread * padded;
-            decoder.row(r + j, 0, k, row);
-            const float bias = a.bias ? load_one(a.bias, r + j, a.bias_dtype) : 0.0f;
-            for (int64_t i = 0; i < m; ++i) {
-              float sum = 0.0f;
-              for (int64_t e = 0; e < k; ++e) sum += row[e] * x[i * padded + e];
-              store_one(a.y, i * n + r + j, sum + bias, a.dtype);
-            }
-          }
-      r += count;
     }
   });
   return true;

@@ -1,0 +1,223 @@
+// 4-bit weights a chunk at a time, as floats in registers. Included by kernels only.
+//
+// A chunk is 8*VL weights in 4*VL bytes, decoded to eight vectors w[0..7]; element(j, i) says which
+// weight of the chunk stands in lane i of w[j]. A lane holds weights of one run of 8 (codecs for
+// narrow groups) or of one half of the chunk (by byte planes), so that products can be summed over a
+// chunk before they meet their lane's scale.
+#pragma once
+
+#include "cpu/quant_matmul_decode.h"
+
+namespace gp {
+namespace GP_ISA {
+
+constexpr int CHUNK = 8 * VL;
+constexpr int CHUNK_BYTES = 4 * VL;
+
+// Values of groups of g weights (a multiple of 8), as vectors over the lanes of a chunk.
+class Lanes {
+ public:
+  explicit Lanes(int64_t g) : g_(g) {
+    while (shift_ < 62 && int64_t(1) << shift_ < g) ++shift_;
+    power_ = int64_t(1) << shift_ == g;
+    for (int i = 0; i < VL; ++i) lane_[i] = int32_t(8 * i / g);
+  }
+  // Whether each chunk lies in one group.
+  bool one_group() const { return power_ && g_ >= CHUNK; }
+  int64_t group(int64_t e) const { return e >> shift_; }
+  // For the chunk that begins at weight e; values[0] is that of weights 0..g-1.
+  template <bool OneGroup>
+  GP_INLINE vf at(const float* values, int64_t e) const {
+    if (OneGroup) return v_set(values[group(e)]);
+#if defined(__AVX512F__)
+    if (power_) return {_mm512_permutexvar_ps(_mm512_load_si512(lane_),
+                                              _mm512_loadu_ps(values + group(e)))};
+#elif defined(__AVX2__)
+    if (power_) return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(values + group(e)),
+                                                 _mm256_load_si256((const __m256i*)lane_))};
+#endif
+    float lanes[VL];
+    for (int i = 0; i < VL; ++i) lanes[i] = values[(e + 8 * i) / g_];
+    return v_load(lanes);
+  }
+
+ private:
+  int64_t g_;
+  int shift_ = 3;
+  bool power_;
+  alignas(64) int32_t lane_[16];
+};
+
+// Zero points of int4 groups: as they are stored, and (for narrow groups) as floats.
+struct Zeros {
+  const uint8_t* codes;
+  const float* values;
+};
+
+// Codecs: decode(p, zeros, lanes, e, w) decodes the chunk at p, which begins at weight e of the
+// groups that `zeros` describes.
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+struct Nf4Codec {
+  Lut lut = make_lut(NF4);
+  static int element(int j, int i) {
+    const int byte = 4 * (j & 3) + (i & 3) + (i < 4 ? 0 : 16);
+    return 2 * byte + (j < 4 ? 0 : 1);
+  }
+  GP_INLINE void decode(const uint8_t* p, const Zeros&, const Lanes&, int64_t, vf* w) const {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i mask = _mm256_set1_epi8(15);
+    __m256 f[8];
+    lookup32(lut, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask), f);
+    lookup32(lut, _mm256_and_si256(v, mask), f + 4);
+    for (int j = 0; j < 8; ++j) w[j] = {f[j]};
+  }
+};
+
+// Codes less their zero point are at most 9 bits: the upper two bytes of their floats are all of
+// them. high[z + u] and low[z + u] are those of code u less zero point 255 - z.
+struct CodePlanes {
+  uint8_t high[16 + 255], low[16 + 255];
+  constexpr CodePlanes() : high(), low() {
+    for (int i = 0; i < 16 + 255; ++i) {
+      const int value = i - 255, magnitude = value < 0 ? -value : value;
+      int exponent = 0;
+      while (magnitude >> (exponent + 1)) ++exponent;
+      const int bits = magnitude == 0 ? 0
+          : (value < 0 ? 0x8000 : 0) | (exponent + 127) << 7 | ((magnitude << 7 >> exponent) & 0x7f);
+      high[i] = uint8_t(bits >> 8);
+      low[i] = uint8_t(bits);
+    }
+  }
+};
+constexpr CodePlanes CODE_PLANES;
+
+template <bool HasZero, bool OneGroup>
+struct Int4Codec {
+  static int element(int j, int i) {
+    const int byte = (j & 2 ? 8 : 0) + 2 * (i & 3) + (j & 1) + (i < 4 ? 0 : 16);
+    return 2 * byte + (j < 4 ? 0 : 1);
+  }
+  GP_INLINE void decode(const uint8_t* p, const Zeros& zeros, const Lanes& lanes, int64_t e,
+                        vf* w) const {
+    const int at = 255 - (HasZero ? zeros.codes[lanes.group(e)] : 8);
+    const __m256i high = _mm256_broadcastsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(CODE_PLANES.high + at)));
+    const __m256i low = _mm256_broadcastsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(CODE_PLANES.low + at)));
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i mask = _mm256_set1_epi8(15);
+    lookup(low, high, _mm256_and_si256(v, mask), w);
+    lookup(low, high, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask), w + 4);
+  }
+
+ private:
+  GP_INLINE static void lookup(__m256i low, __m256i high, __m256i index, vf* w) {
+    const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
+    const __m256i b2 = _mm256_shuffle_epi8(low, index), b3 = _mm256_shuffle_epi8(high, index);
+    const __m256i lo = _mm256_unpacklo_epi8(b2, b3), hi = _mm256_unpackhi_epi8(b2, b3);
+    w[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16))};
+    w[1] = {_mm256_castsi256_ps(_mm256_and_si256(lo, upper))};
+    w[2] = {_mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+    w[3] = {_mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
+  }
+};
+
+// Several groups in a chunk. A nibble at bit 4j of a float's mantissa, under the exponent of
+// 2^(23-4j), is that power plus the code; subtracting power and zero point in one step is exact.
+template <bool HasZero>
+struct Int4Codec<HasZero, false> {
+  static int element(int j, int i) { return 8 * i + (j >> 1) + 4 * (j & 1); }
+  GP_INLINE void decode(const uint8_t* p, const Zeros& zeros, const Lanes& lanes, int64_t e,
+                        vf* w) const {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i h = _mm256_srli_epi32(v, 16);
+    const vf zero = HasZero ? lanes.at<false>(zeros.values, e) : v_set(8.0f);
+    two<0>(v, h, zero, w);
+    two<1>(v, h, zero, w + 2);
+    two<2>(v, h, zero, w + 4);
+    two<3>(v, h, zero, w + 6);
+  }
+
+ private:
+  template <int J>
+  GP_INLINE static void two(__m256i v, __m256i h, vf zero, vf* w) {
+    const __m256i mask = _mm256_set1_epi32(15 << 4 * J);
+    const __m256 power = _mm256_set1_ps(float(1 << (23 - 4 * J)));
+    const __m256 base = _mm256_add_ps(power, zero.v);
+    const __m256 a = _mm256_or_ps(_mm256_castsi256_ps(_mm256_and_si256(v, mask)), power);
+    const __m256 b = _mm256_or_ps(_mm256_castsi256_ps(_mm256_and_si256(h, mask)), power);
+    w[0] = {_mm256_sub_ps(a, base)};
+    w[1] = {_mm256_sub_ps(b, base)};
+  }
+};
+
+#else
+
+#if defined(__AVX512F__)
+using Table = __m512;
+using Chunk = __m512i;
+static inline Table load_table(const float* t) { return _mm512_loadu_ps(t); }
+static inline Chunk load_chunk(const uint8_t* p) { return _mm512_loadu_si512(p); }
+template <int J>
+GP_INLINE inline vf look(Table table, Chunk v) {
+  // vpermps looks at the low four bits of each lane alone.
+  return {_mm512_permutexvar_ps(J ? _mm512_srli_epi32(v, 4 * J) : v, table)};
+}
+#else
+using Table = const float*;
+using Chunk = uint32_t;
+static inline Table load_table(const float* t) { return t; }
+static inline Chunk load_chunk(const uint8_t* p) {
+  return uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24;
+}
+template <int J>
+GP_INLINE inline vf look(Table table, Chunk v) { return {table[v >> 4 * J & 15]}; }
+#endif
+
+GP_INLINE inline void look_all(Table table, Chunk v, vf* w) {
+  w[0] = look<0>(table, v);
+  w[1] = look<1>(table, v);
+  w[2] = look<2>(table, v);
+  w[3] = look<3>(table, v);
+  w[4] = look<4>(table, v);
+  w[5] = look<5>(table, v);
+  w[6] = look<6>(table, v);
+  w[7] = look<7>(table, v);
+}
+
+struct Nf4Codec {
+  Table table = load_table(NF4);
+  static int element(int j, int i) { return 8 * i + (j ^ 1); }
+  GP_INLINE void decode(const uint8_t* p, const Zeros&, const Lanes&, int64_t, vf* w) const {
+    look_all(table, load_chunk(p), w);
+  }
+};
+
+constexpr float SIGNED_CODES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+template <bool HasZero, bool OneGroup>
+struct Int4Codec {
+  Table table = load_table(HasZero ? UNSIGNED_CODES : SIGNED_CODES);
+  static int element(int j, int i) { return 8 * i + j; }
+  GP_INLINE void decode(const uint8_t* p, const Zeros& zeros, const Lanes& lanes, int64_t e,
+                        vf* w) const {
+#if defined(__AVX512F__)
+    if (HasZero && OneGroup) {
+      const vf zero = v_set(float(zeros.codes[lanes.group(e)]));
+      return look_all(_mm512_sub_ps(table, zero.v), load_chunk(p), w);
+    }
+#endif
+    look_all(table, load_chunk(p), w);
+    if (!HasZero) return;
+    const vf zero =
+        OneGroup ? v_set(float(zeros.codes[lanes.group(e)])) : lanes.at<false>(zeros.values, e);
+    for (int j = 0; j < 8; ++j) w[j] = v_sub(w[j], zero);
+  }
+};
+
+#endif
+
+}  // namespace GP_ISA
+}  // namespace gp
