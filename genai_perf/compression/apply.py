@@ -15,7 +15,7 @@ from .._errors import CalibrationError, CheckpointError
 from ..io import bitsandbytes, compressed_tensors
 from . import layer as one_layer
 from .capture import inputs_of
-from .hessian import Hessian
+from .hessian import Hessian, Inputs
 from .recipe import Recipe
 from .report import LayerReport
 
@@ -184,7 +184,7 @@ def _compress_linears(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Compresses the linears in place; returns the stored tensors of the quantized ones."""
     stored = {}
-    shared: dict[Hessian, torch.Tensor] = {}
+    shared: dict[Hessian, Inputs] = {}
     for name, linear in linears.items():
         hessian = hessians.get(name)
         tokens = hessian.tokens if hessian else 0
@@ -194,7 +194,9 @@ def _compress_linears(
             outcome.layers.append(_report(name, "dense", weight, None, 0.0, tokens, 0.0, ()))
             continue
         if hessian is not None and hessian not in shared:
-            shared = {hessian: hessian.matrix()}  # layers that share one stand side by side
+            shared = {
+                hessian: Inputs(hessian.matrix(), name=name)
+            }  # layers that share one stand side by side
         if hessian is None and recipe.needs_calibration:
             raise CalibrationError(f"{name}: no calibration token reached this layer")
         result = one_layer.compress(weight, shared.get(hessian), recipe, name=name)

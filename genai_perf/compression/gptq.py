@@ -8,7 +8,7 @@ from .._checks import check_choice, fail
 from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
 from .grid import IntGrid
-from .hessian import damp, inverse_factor, relative_error
+from .hessian import Factor, factorize, relative_error
 from .sparsegpt import check_weight
 from .sweep import sweep
 
@@ -55,6 +55,7 @@ def solve(
     block_size: int = 128,
     scale_dtype: torch.dtype | None = None,
     mask: torch.Tensor | None = None,
+    factor: Factor | None = None,
     name: str = "gptq.solve",
 ) -> QuantizedResult:
     """Quantizes one layer to integers with group scales, minimising the error of its outputs.
@@ -79,6 +80,8 @@ def solve(
         scale_dtype: what scales are stored in (fp32 if None).
         mask: (out_features, in_features) bool, False where a weight is pruned: it becomes 0, and
             that error is compensated with the others.
+        factor: `hessian.factorize(hessian, damp_frac=..., by_diagonal=act_order)`, to share it
+            between layers with the same input.
         name: the layer, for messages.
 
     Dead inputs (zero in all calibration) cost nothing and are rounded as they are.
@@ -108,26 +111,27 @@ def solve(
         block_size -= block_size % group_size
     grid = IntGrid(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype,
                    search=search, refit=refit)  # fmt: skip
-    damped = damp(hessian, damp_frac, name=name).hessian
-    dense = weight.detach().to(damped.dtype)
+    factor = factor or factorize(hessian, damp_frac=damp_frac, by_diagonal=act_order, name=name)
+    if (factor.order is not None) != act_order:
+        fail(name, "factor", f"made with by_diagonal={act_order}", f"{not act_order}")
+    upper, order = factor.upper, factor.order
+    dense = weight.detach().to(upper.dtype)
     zero = None
     if mask is not None:
         if mask.shape != weight.shape:
             fail(name, "mask", f"of the weight's shape {tuple(weight.shape)}", tuple(mask.shape))
         zero = ~mask
-    if act_order:
-        order = damped.diagonal().argsort(descending=True, stable=True)
+    importance = upper.diagonal() ** -2
+    if order is None:
+        grid.fit(dense, importance)
+        new, _ = sweep(dense, upper, block_size=block_size, zero=zero, grid=grid)
+    else:
         back = order.argsort()
-        upper = inverse_factor(damped[order][:, order], damp_frac=damp_frac, name=name)
-        grid.fit(dense, upper.diagonal()[back] ** -2)
+        grid.fit(dense, importance[back])
         visited = None if zero is None else zero[:, order]
         new, _ = sweep(dense[:, order], upper, block_size=block_size, zero=visited,
                        grid=_Permuted(grid, order))  # fmt: skip
         new = new[:, back]
-    else:
-        upper = inverse_factor(damped, damp_frac=damp_frac, name=name)
-        grid.fit(dense, upper.diagonal() ** -2)
-        new, _ = sweep(dense, upper, block_size=block_size, zero=zero, grid=grid)
     dtype = weight.dtype if weight.dtype in FLOATS else torch.float32
     qweight = grid.pack(new, dtype)
     return QuantizedResult(qweight, qweight.dequantize(), relative_error(weight, new, hessian))

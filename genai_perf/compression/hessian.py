@@ -32,49 +32,43 @@ class Hessian:
 
     def __init__(self, columns: int, *, name: str = "layer", device: str | torch.device = "cpu"):
         self.name, self.tokens = name, 0
-        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._mean = torch.zeros(columns, columns, dtype=torch.float32, device=device)
 
     def add(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> None:
         """Adds the tokens of x, (..., columns); with `keep`, (...) bool, those where it is true."""
-        if x.shape[-1] != self._sum.shape[0]:
-            fail("Hessian.add", "x", f"(..., {self._sum.shape[0]})", f"shape {tuple(x.shape)}")
+        if x.shape[-1] != self._mean.shape[0]:
+            fail("Hessian.add", "x", f"(..., {self._mean.shape[0]})", f"shape {tuple(x.shape)}")
         rows = x.detach().reshape(-1, x.shape[-1])
         if keep is not None:
             rows = rows[keep.reshape(-1)]
-        rows = rows.to(self._sum)
+        if not len(rows):
+            return
+        rows = rows.to(self._mean)
+        before, self.tokens = self.tokens, self.tokens + len(rows)
         with full_precision():
-            self._sum.addmm_(rows.T, rows)
-        self.tokens += rows.shape[0]
+            self._mean.addmm_(rows.T, rows, beta=before / self.tokens, alpha=2 / self.tokens)
 
     def matrix(self) -> torch.Tensor:
-        """H, (columns, columns) fp32.
+        """H, (columns, columns) fp32; not a copy.
 
         Raises:
             CalibrationError: no token was added, or an activation was NaN or infinite.
         """
         if self.tokens == 0:
             raise CalibrationError(f"{self.name}: no calibration token reached this layer")
-        matrix = self._sum * (2.0 / self.tokens)
-        if not torch.isfinite(matrix.sum()):
+        if not torch.isfinite(self._mean.sum()):
             raise CalibrationError(f"{self.name}: its calibration inputs hold NaN or infinity")
-        return matrix
+        return self._mean
 
 
-@dataclass(frozen=True)
-class Damped:
-    """A Hessian made positive definite.
-
-    Attributes:
-        hessian: (columns, columns), dead columns set to 1 on the diagonal, then damping added.
-        dead: (columns,) bool, the inputs that were zero on every calibration token.
-    """
-
-    hessian: torch.Tensor
-    dead: torch.Tensor
-
-
-def damp(hessian: torch.Tensor, damp_frac: float, *, name: str = "layer") -> Damped:
+def damp(
+    hessian: torch.Tensor, damp_frac: float, *, name: str = "layer"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """H with 1 on the diagonal of dead columns, then + damp_frac * mean(diag H) on all of it.
+
+    Returns:
+        (damped, dead): a new (columns, columns) matrix; (columns,) bool, the inputs that were zero
+        on every calibration token.
 
     Source: Frantar and Alistarh 2023, "SparseGPT", and its published code: the mean is taken after
     dead columns are set.
@@ -85,8 +79,7 @@ def damp(hessian: torch.Tensor, damp_frac: float, *, name: str = "layer") -> Dam
         fail(name, "hessian", "square", f"shape {tuple(hessian.shape)}")
     if not damp_frac >= 0:
         fail(name, "damp_frac", "at least 0", damp_frac)
-    dtype = torch.promote_types(hessian.dtype, torch.float32)
-    damped = hessian.detach().to(dtype, copy=True)
+    damped = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32), copy=True)
     diagonal = damped.diagonal()
     if not torch.isfinite(damped.sum()):
         raise CalibrationError(f"{name}: its Hessian holds NaN or infinity")
@@ -97,34 +90,92 @@ def damp(hessian: torch.Tensor, damp_frac: float, *, name: str = "layer") -> Dam
         )
     diagonal[dead] = 1
     diagonal += damp_frac * diagonal.mean()
-    return Damped(damped, dead)
+    return damped, dead
 
 
-def inverse_factor(damped: torch.Tensor, *, damp_frac: float, name: str = "layer") -> torch.Tensor:
-    """U, upper triangular, with H^-1 = U^T U.
+@dataclass(frozen=True)
+class Factor:
+    """What a sweep needs of a Hessian.
+
+    Attributes:
+        upper: (columns, columns), U upper triangular with U^T U = H^-1, H damped.
+        dead: (columns,) bool, inputs that were zero on every calibration token.
+        order: (columns,), the columns in the order of U's; None: as they are.
+        damp_frac: the damping, as a fraction of the mean of diag H.
+    """
+
+    upper: torch.Tensor
+    dead: torch.Tensor
+    order: torch.Tensor | None
+    damp_frac: float
+
+
+def factorize(
+    hessian: torch.Tensor, *, damp_frac: float, by_diagonal: bool = False, name: str = "layer"
+) -> Factor:
+    """Damps H and factors its inverse.
 
     U[j, j]^2 is the variance of weight j given the weights before it, which are already frozen when
     a sweep arrives at column j. Reversing rows and columns turns the factor of the inverse into
     the inverse of a factor: one Cholesky and one triangular inverse. Where a model has a few huge
-    input channels, damping is 1e-6 of the largest diagonal entry; what fp32 cannot resolve then is
-    factored in float64.
+    input channels, damping is 1e-6 of the largest diagonal entry: what fp32 cannot resolve well is
+    factored in float64. Beside H, at most two matrices of its size are alive.
+
+    Args:
+        hessian: (columns, columns), not changed.
+        by_diagonal: order columns by falling diag(H).
 
     Raises:
-        CalibrationError: H is singular to its own precision; names the layer and the damping.
+        CalibrationError: H is empty, or singular to its own precision; names the layer and the
+            damping.
     """
-    smallest = 8 * torch.finfo(damped.dtype).eps
-    for dtype in (damped.dtype, torch.float64):
-        lower, info = torch.linalg.cholesky_ex(damped.to(dtype).flip(0, 1))
+    compute = torch.promote_types(hessian.dtype, torch.float32)
+    eps = torch.finfo(compute).eps  # below about 4 of it, an fp32 Hessian holds rounding alone
+    for dtype, smallest in ((compute, 64 * eps), (torch.float64, 4 * eps)):
+        work, dead = damp(hessian.to(dtype), damp_frac, name=name)
+        order = None
+        if by_diagonal:
+            order = work.diagonal().argsort(descending=True, stable=True)
+            work = work[order][:, order]
+        work = work.flip(0, 1).T  # symmetric: the transpose is column-major, which LAPACK wants
+        diagonal = work.diagonal().clone()
+        info = torch.empty((), dtype=torch.int32, device=work.device)
+        torch.linalg.cholesky_ex(work, out=(work, info))
         # The part of each diagonal entry that the others do not explain.
-        pivots = lower.diagonal().flip(0) ** 2 / damped.diagonal()
+        pivots = work.diagonal() ** 2 / diagonal
         if int(info) == 0 and bool((pivots > smallest).all()):
-            identity = torch.eye(len(lower), dtype=dtype, device=lower.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return inverse.flip(0, 1).to(damped.dtype)
+            return Factor(_reversed_inverse(work).to(compute), dead, order, damp_frac)
     raise CalibrationError(
         f"{name}: its Hessian is singular (fewer calibration tokens than inputs, or inputs that "
         f"repeat each other); raise damp_frac, now {damp_frac}, or calibrate on more text"
     )
+
+
+def _reversed_inverse(lower: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular matrix with rows and columns reversed, by panels: half the
+    time of a solve against the identity, and no identity."""
+    columns, panel = len(lower), 256
+    upper = torch.zeros_like(lower, memory_format=torch.contiguous_format)
+    for start in range(0, columns, panel):
+        stop = min(start + panel, columns)
+        identity = torch.eye(columns - start, stop - start, dtype=lower.dtype, device=lower.device)
+        solved = torch.linalg.solve_triangular(lower[start:, start:], identity, upper=False)
+        upper[: columns - start, columns - stop : columns - start] = solved.flip(0, 1)
+    return upper
+
+
+class Inputs:
+    """A Hessian and its factor, shared by layers that have the same input."""
+
+    def __init__(self, hessian: torch.Tensor, *, name: str):
+        self.hessian, self._name, self._factor, self._key = hessian, name, None, None
+
+    def factor(self, damp_frac: float, *, by_diagonal: bool = False) -> Factor:
+        if self._key != (damp_frac, by_diagonal):
+            self._factor = factorize(self.hessian, damp_frac=damp_frac, by_diagonal=by_diagonal,
+                                     name=self._name)  # fmt: skip
+            self._key = damp_frac, by_diagonal
+        return self._factor
 
 
 def relative_error(

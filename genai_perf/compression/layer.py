@@ -7,7 +7,7 @@ import torch
 from ..formats import QuantizedTensor
 from . import gptq, magnitude, rtn, sparsegpt, wanda
 from .grid import IntGrid
-from .hessian import relative_error
+from .hessian import Inputs, relative_error
 from .recipe import GPTQ, RTN, Magnitude, Recipe, SparseGPT, Wanda
 
 
@@ -29,13 +29,13 @@ class LayerResult:
 
 
 def compress(
-    weight: torch.Tensor, hessian: torch.Tensor | None, recipe: Recipe, *, name: str
+    weight: torch.Tensor, inputs: Inputs | None, recipe: Recipe, *, name: str
 ) -> LayerResult:
     """Applies the recipe's steps to one weight.
 
     Args:
         weight: (out_features, in_features), in the dtype that the checkpoint stores.
-        hessian: (in_features, in_features), or None where no step needs it.
+        inputs: the Hessian of its inputs, or None where no step needs it.
         name: the layer, for messages.
 
     The int4 group size is the recipe's where it divides in_features, which the checkpoint format
@@ -59,19 +59,21 @@ def compress(
             f"64 the inputs)",
         )
     if isinstance(pruner, SparseGPT) and isinstance(quantizer, GPTQ):
-        return _joint(weight, hessian, pruner, quantizer, group_size, name, notes)
+        return _joint(weight, inputs, pruner, quantizer, group_size, name, notes)
+    hessian = None if inputs is None else inputs.hessian
     new, mask, qweight, error = weight, None, None, 0.0
     if pruner:
-        pruned = _prune(weight, hessian, pruner, name)
+        pruned = _prune(weight, inputs, pruner, name)
         new, mask, error = pruned.weight, pruned.mask, pruned.error
     if isinstance(quantizer, GPTQ):
         # A whole row has its one scale before the sweep.
         scales = quantizer.scales if group_size and group_size > 0 else "static"
+        act_order = scales == "static" if quantizer.act_order is None else quantizer.act_order
         result = gptq.solve(
             weight, hessian, bits=quantizer.bits, group_size=group_size or -1, mask=mask,
             symmetric=quantizer.symmetric, search=quantizer.search, scales=scales,
-            act_order=scales == "static" if quantizer.act_order is None else quantizer.act_order,
-            damp_frac=quantizer.damp_frac, block_size=quantizer.block_size,
+            act_order=act_order, factor=inputs.factor(quantizer.damp_frac, by_diagonal=act_order),
+            block_size=quantizer.block_size,
             scale_dtype=weight.dtype, name=name,
         )  # fmt: skip
         new, qweight, error = result.weight, result.qweight, result.error
@@ -98,12 +100,13 @@ def _group_note(columns: int, asked: int, used: int) -> str:
     return f"group size {asked} does not divide {columns} inputs: {instead} instead"
 
 
-def _prune(weight, hessian, pruner, name) -> sparsegpt.SparseResult:
+def _prune(weight, inputs, pruner, name) -> sparsegpt.SparseResult:
     amount = {"sparsity": pruner.sparsity, "pattern": pruner.pattern, "name": name}
+    hessian = None if inputs is None else inputs.hessian
     match pruner:
         case SparseGPT():
             return sparsegpt.solve(
-                weight, hessian, refine=pruner.refine, damp_frac=pruner.damp_frac,
+                weight, hessian, refine=pruner.refine, factor=inputs.factor(pruner.damp_frac),
                 block_size=pruner.block_size, **amount,
             )  # fmt: skip
         case Wanda():
@@ -112,15 +115,15 @@ def _prune(weight, hessian, pruner, name) -> sparsegpt.SparseResult:
             return magnitude.solve(weight, hessian, **amount)
 
 
-def _joint(weight, hessian, pruner, quantizer, group_size, name, notes) -> LayerResult:
+def _joint(weight, inputs, pruner, quantizer, group_size, name, notes) -> LayerResult:
     """SparseGPT whose kept weights are rounded to GPTQ's grid in the same sweep."""
     grid = IntGrid(
         bits=quantizer.bits, group_size=group_size or -1, symmetric=quantizer.symmetric,
         scale_dtype=weight.dtype, search=quantizer.search,
     )  # fmt: skip
     result = sparsegpt.solve(
-        weight, hessian, sparsity=pruner.sparsity, pattern=pruner.pattern, quantizer=grid,
-        damp_frac=pruner.damp_frac, block_size=pruner.block_size, name=name,
+        weight, inputs.hessian, sparsity=pruner.sparsity, pattern=pruner.pattern, quantizer=grid,
+        factor=inputs.factor(pruner.damp_frac), block_size=pruner.block_size, name=name,
     )  # fmt: skip
     qweight = grid.pack(result.weight.to(torch.float32), weight.dtype)
     return LayerResult(qweight.dequantize(), qweight, result.error, notes)

@@ -7,7 +7,7 @@ import torch
 from .._checks import check_choice, check_ndim, check_tensor, fail
 from .._errors import CalibrationError
 from . import masks, refinement
-from .hessian import damp, inverse_factor, relative_error
+from .hessian import Factor, damp, factorize, relative_error
 from .sweep import Grid, sweep
 
 
@@ -48,6 +48,7 @@ def solve(
     damp_frac: float = 0.01,
     block_size: int = 128,
     quantizer: Grid | None = None,
+    factor: Factor | None = None,
     name: str = "sparsegpt.solve",
 ) -> SparseResult:
     """Prunes one layer, moving what is lost into the weights that stay.
@@ -69,6 +70,8 @@ def solve(
         block_size: columns pruned together; rounded down to a multiple of m.
         quantizer: a grid such as `grid.IntGrid`, fitted to the dense weights; what is kept is
             rounded to it in the same sweep, which compensates both.
+        factor: `hessian.factorize(hessian, damp_frac=...)`, to share it between layers with the
+            same input; damp_frac is then the factor's.
         name: the layer, for messages.
 
     Raises:
@@ -87,17 +90,18 @@ def solve(
     if block_size < max(1, wanted.group):
         fail(name, "block_size", f"at least {max(1, wanted.group)}", block_size)
     block_size -= block_size % (wanted.group or 1)
-    damped = damp(hessian, damp_frac, name=name)
-    upper = inverse_factor(damped.hessian, damp_frac=damp_frac, name=name)
-    dense = weight.detach().to(upper.dtype).masked_fill(damped.dead, 0)
+    factor = factor or factorize(hessian, damp_frac=damp_frac, name=name)
+    upper = factor.upper
+    dense = weight.detach().to(upper.dtype).masked_fill(factor.dead, 0)
     if quantizer:
         quantizer.fit(dense, upper.diagonal() ** -2)
     new, pruned = sweep(dense, upper, block_size=block_size, sparsity=wanted, zero=dense == 0,
                         grid=quantizer)  # fmt: skip
     if refine:
-        new = refinement.solve(dense, ~pruned, damped.hessian, start=new)
+        damped, _ = damp(hessian, factor.damp_frac, name=name)
+        new = refinement.solve(dense, ~pruned, damped, start=new)
     new = new.to(weight.dtype)
     if not torch.isfinite(new).all():
         raise CalibrationError(f"{name}: the update left the range of {weight.dtype}; "
-                               f"raise damp_frac, now {damp_frac}")  # fmt: skip
+                               f"raise damp_frac, now {factor.damp_frac}")  # fmt: skip
     return SparseResult(new, ~pruned, relative_error(weight, new, hessian))

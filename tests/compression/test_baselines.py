@@ -7,7 +7,7 @@ from layers import layer
 
 from genai_perf import CalibrationError, formats
 from genai_perf.compression import magnitude, rtn, wanda
-from genai_perf.compression.hessian import Hessian, damp, inverse_factor, relative_error
+from genai_perf.compression.hessian import Hessian, damp, factorize, relative_error
 
 
 def test_hessian_is_the_mean_second_moment():
@@ -59,10 +59,37 @@ def test_accumulation_ignores_a_lowered_matmul_precision():
 
 
 def test_factor_squares_to_the_inverse():
-    hessian = damp(layer(columns=96)[1].double(), 0.01).hessian
-    upper = inverse_factor(hessian, damp_frac=0.01)
+    hessian = layer(columns=700, tokens=1500)[1].double()
+    hessian = (hessian + hessian.T) / 2  # its rounding in fp32 is not symmetric
+    damped, dead = damp(hessian, 0.01)
+    factor = factorize(hessian, damp_frac=0.01)
+    upper, identity = factor.upper, torch.eye(700, dtype=torch.float64)
     assert torch.equal(upper, upper.triu()) and (upper.diagonal() > 0).all()
-    torch.testing.assert_close(upper.T @ upper @ hessian, torch.eye(96, dtype=torch.float64))
+    assert factor.order is None and not dead.any()
+    torch.testing.assert_close(upper.T @ upper @ damped, identity)
+    sorted_ = factorize(hessian, damp_frac=0.01, by_diagonal=True)
+    assert (damped.diagonal()[sorted_.order].diff() <= 0).all()
+    damped = damped[sorted_.order][:, sorted_.order]
+    torch.testing.assert_close(sorted_.upper.T @ sorted_.upper @ damped, identity)
+
+
+def test_what_fp32_cannot_factor_is_factored_in_float64():
+    """Two channels that one token drives to 1000 times the rest, as large models have."""
+    hessian = layer(columns=128, tokens=4000)[1]
+    spike = torch.zeros(128)
+    spike[5], spike[90] = 300, 290
+    hessian += torch.outer(spike, spike) * hessian.diagonal().mean()
+    hessian = (hessian + hessian.T) / 2
+    damped = damp(hessian.double(), 1e-4)[0]
+    exact = torch.linalg.cholesky(torch.linalg.inv(damped)).T
+    single = torch.linalg.cholesky(torch.linalg.inv(damped.float())).T
+
+    def worst(upper):
+        return ((upper - exact).diagonal() / exact.diagonal()).abs().max()
+
+    upper = factorize(hessian, damp_frac=1e-4).upper
+    assert upper.dtype == torch.float32
+    assert worst(upper) < 1e-4 < worst(single)
 
 
 def test_relative_error_of_outputs():

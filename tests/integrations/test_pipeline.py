@@ -14,7 +14,7 @@ from genai_perf.compression.report import Report
 from genai_perf.integrations import pipeline
 
 torch.manual_seed(0)
-IDS = torch.randint(1, 96, (12, 16), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(1, 96, (20, 16), generator=torch.Generator().manual_seed(0))
 
 
 def load(path):
@@ -116,13 +116,13 @@ def test_compressed_outputs_feed_forward(saved, tmp_path):
             if name.startswith("model.layers.0."):
                 parameter.copy_(after[name])
     name = "model.layers.1.mlp.down_proj"
-    linear, hessian = model.get_submodule(name), Hessian(64)
+    linear, hessian = model.get_submodule(name), Hessian(128)
     linear.register_forward_pre_hook(lambda module, args: hessian.add(args[0]))
     with torch.no_grad():
         model(IDS)
     wanted = sparsegpt.solve(linear.weight.detach(), hessian.matrix(), sparsity=0.5).weight
     torch.testing.assert_close(after[f"{name}.weight"], wanted, rtol=1e-3, atol=1e-4)
-    dense_input = Hessian(64)
+    dense_input = Hessian(128)
     model = load(src)
     model.get_submodule(name).register_forward_pre_hook(lambda m, args: dense_input.add(args[0]))
     with torch.no_grad():
@@ -153,13 +153,13 @@ def test_one_block_at_a_time(saved, tmp_path, monkeypatch):
 
 def test_report_and_progress(saved, tmp_path):
     src, dst, calls = saved("qwen2"), tmp_path / "out", []
-    recipe = Recipe((GPTQ(group_size=64),), skip=("re:.*layers\\.1\\.mlp", "o_proj"))
+    recipe = Recipe((GPTQ(group_size=128),), skip=("re:.*layers\\.1\\.mlp", "o_proj"))
     report = gp.compress(src, dst, recipe, calibration=IDS, progress=lambda *a: calls.append(a))
     assert calls == [(0, 3, "embedding"), (0, 3, "model.layers.0"), (1, 3, "model.layers.1"),
                      (2, 3, "model.layers.2"), (3, 3, "done")]  # fmt: skip
     assert Report.read(dst) == report
     assert report.recipe == recipe.to_dict() and report.name == "int4-gptq"
-    assert report.calibration["windows"] == 12 and report.calibration["max_seqlen"] == 16
+    assert report.calibration["windows"] == 20 and report.calibration["max_seqlen"] == 16
     assert len(report.source_hash) == len(report.calibration["sha256"]) == 64
     assert set(report.versions) == {"python", "genai_perf", "torch", "transformers"}
     by_name = {layer.name: layer for layer in report.layers}
@@ -167,10 +167,12 @@ def test_report_and_progress(saved, tmp_path):
     for name, layer in by_name.items():
         skipped = "layers.1.mlp" in name or name.endswith("o_proj")
         assert (layer.recipe == layer.format == "dense") == skipped
-        assert layer.tokens == 12 * 16
-        if not skipped and layer.shape[1] == 32:
-            assert layer.group_size == 32
-            assert layer.notes == ("group size 64 does not divide 32 inputs: groups of 32 instead",)
+        assert layer.tokens == 20 * 16
+        if not skipped and layer.shape[1] == 64:
+            assert layer.group_size == 64
+            assert layer.notes == (
+                "group size 128 does not divide 64 inputs: groups of 64 instead",
+            )
     total = sum(t.nbytes for t in weights(dst).values())
     assert report.nbytes_after == total
     config = json.loads((dst / "config.json").read_text())["quantization_config"]
@@ -202,7 +204,7 @@ def test_stacked_experts_are_named_as_left_dense(saved, tmp_path):
 
 
 def test_few_tokens_are_warned_of(saved, tmp_path):
-    with pytest.warns(UserWarning, match=r"21 layers saw fewer.*24 tokens for 32"):
+    with pytest.warns(UserWarning, match=r"21 layers saw fewer.*24 tokens for 64"):
         gp.compress(saved("llama"), tmp_path / "out", "int4-gptq", calibration=IDS[:3, :8])
 
 

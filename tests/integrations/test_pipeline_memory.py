@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import SIZES
 
 import genai_perf as gp
 from genai_perf.bench.memory import FreshProcesses
@@ -59,6 +60,6 @@ def test_between_blocks_only_layer_inputs_live(saved, tmp_path, recipe):
             live[done] = live_bytes() - before
 
     gp.compress(saved("llama"), tmp_path / "out", recipe, calibration=ids, progress=watch)
-    inputs = ids.numel() * 32 * 4
+    inputs = ids.numel() * SIZES["hidden_size"] * 4
     masks_and_positions = 20e3  # what the model's own code calls its blocks with, and its buffers
     assert all(inputs <= n <= inputs + masks_and_positions for n in live.values()), live
