@@ -55,7 +55,7 @@ struct Backward {
 // One thread's scratch.
 struct Work {
   int64_t stride_k, stride_v, score_stride;
-  float *keys, *keys_t, *values_t, *dk, *dv, *queries, *dout, *scores, *dscores, *lines, *cap, *line;
+  float *keys, *keys_t, *values_t, *dk, *dv, *queries, *dout, *scores, *dscores, *lines, *cap, *line, *sum;
 
   Work(const Backward& w, float* memory)
       : stride_k(row_stride(w.s.dim)), stride_v(row_stride(w.s.dim_v)),
@@ -77,10 +77,11 @@ struct Work {
     lines = take(PACK_ROWS * max64(stride_k, stride_v));
     cap = take(score_stride);
     line = take(score_stride);
+    sum = take(score_stride);
   }
   static int64_t size(const Backward& w) {
     const int64_t k = row_stride(w.s.dim), v = row_stride(w.s.dim_v), n = w.block_n + ROW_PAD;
-    return w.block_n * (3 * k + 2 * v) + BLOCK_M * (k + v + 2 * n) + PACK_ROWS * max64(k, v) + 2 * n;
+    return w.block_n * (3 * k + 2 * v) + BLOCK_M * (k + v + 2 * n) + PACK_ROWS * max64(k, v) + 3 * n;
   }
 };
 
@@ -163,6 +164,12 @@ void gradients(const Backward& w, const Work& t, const Sequence& seq, const Visi
                const Pair& pair) {
   const ScoreRule rule(w.s, seq, pair.b, pair.h);
   const int64_t padded = round_up(pair.cols, VL);
+  // Where all queries share one row of the bias, sums of sums of a block lose less than one long sum.
+  const bool one_row = w.a.dbias && w.a.dbias_row == 0;
+  float* dbias = nullptr;
+  if (w.a.dbias)
+    dbias = w.a.dbias + pair.b * w.a.dbias_batch + pair.h * w.a.dbias_head + pair.k0;
+  if (one_row) fill(t.sum, pair.cols, 0.0f);
   for (int64_t r = 0; r < pair.rows; ++r) {
     const int64_t i = pair.q0 + r, row = w.row(pair.b, pair.h, seq.first_q + i);
     const int64_t lo = min64(max64(visible.lo(i) - pair.k0, 0), pair.cols);
@@ -170,14 +177,15 @@ void gradients(const Backward& w, const Work& t, const Sequence& seq, const Visi
     float *p = t.scores + r * t.score_stride, *ds = t.dscores + r * t.score_stride;
     if (rule.any) rule.apply(p, i, pair.k0, lo, hi, t.cap, t.line);
     gradient_row(p, ds, padded, lo, hi, w.a.lse[row], w.delta[row]);
-    if (w.a.dbias) {
-      float* dbias = w.a.dbias + pair.b * w.a.dbias_batch + pair.h * w.a.dbias_head +
-                     i * w.a.dbias_row + pair.k0;
-      for (int64_t j = lo; j < hi; ++j) dbias[j] += ds[j];
+    if (dbias) {
+      float* sum = one_row ? t.sum : dbias + i * w.a.dbias_row;
+      for (int64_t j = lo; j < hi; ++j) sum[j] += ds[j];
     }
     if (rule.softcap != 0.0f)
       for (int64_t j = lo; j < hi; ++j) ds[j] *= t.cap[j];
   }
+  if (one_row)
+    for (int64_t j = 0; j < pair.cols; ++j) dbias[j] += t.sum[j];
 }
 
 void run_pair(const Backward& w, const Work& t, const Sequence& seq, const Visible& visible,

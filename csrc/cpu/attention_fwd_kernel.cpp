@@ -85,7 +85,7 @@ __attribute__((noinline)) float exp_row(float* x, int64_t n, float max) {
   const vf log2e = v_set(LOG2E), m = v_set(max);
   vf sum = v_zero(), sum2 = v_zero();
   int64_t j = 0;
-#if defined(__AVX512F__)  // two chains fill the pipes; AVX2 has no registers for them
+#if !defined(__AVX2__) || defined(__AVX512F__)  // two chains fill the pipes, where registers last
   for (; j + 2 * VL <= n; j += 2 * VL) {
     const vf p = v_exp2(v_mul(v_sub(v_load(x + j), m), log2e));
     const vf p2 = v_exp2(v_mul(v_sub(v_load(x + j + VL), m), log2e));

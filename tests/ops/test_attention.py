@@ -91,22 +91,28 @@ def test_oracle(isa, case, dtype):
     check_oracle(cases.make_inputs(dataclasses.replace(case, dtype=dtype)))
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rule", ["full", "causal", "bias", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_against_torch(causal, dtype):
+def test_against_torch(rule, dtype):
     """torch's SDPA in float64 as an outside judge of outputs and gradients."""
     case = dataclasses.replace(BY_NAME["causal"], seqlen_q=150, seqlen_k=150, dtype=dtype)
+    causal = rule == "causal"
     q, k, v = (cases.make_inputs(case)[n].requires_grad_() for n in "qkv")
-    out = gp.attention(q, k, v, causal=causal, backend="native")
+    bias = torch.randn(4, 150, 150, generator=torch.Generator().manual_seed(2))
+    bias = {"bias": bias.to(dtype).requires_grad_(), "mask": bias > 0}.get(rule)
+    wanted = (q, k, v, bias) if rule == "bias" else (q, k, v)
+    out = gp.attention(q, k, v, causal=causal, attn_bias=bias, backend="native")
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    grads = torch.autograd.grad(out, (q, k, v), dout)
+    grads = torch.autograd.grad(out, wanted, dout)
 
     def sdpa(dtype):
         x = [t.detach().to(dtype).transpose(1, 2).requires_grad_() for t in (q, k, v)]
+        mask = bias.detach().to(dtype).requires_grad_() if rule == "bias" else bias
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            y = F.scaled_dot_product_attention(*x, is_causal=causal, enable_gqa=True)
+            y = F.scaled_dot_product_attention(*x, mask, is_causal=causal, enable_gqa=True)
+        x = [*x, mask] if rule == "bias" else x
         g = torch.autograd.grad(y, x, dout.transpose(1, 2).to(dtype))
-        return [t.detach().transpose(1, 2) for t in (y, *g)]
+        return [t.detach().transpose(1, 2) for t in (y, *g[:3])] + [t.detach() for t in g[3:]]
 
     for got, ref, same in zip((out, *grads), sdpa(torch.float64), sdpa(dtype), strict=True):
         assert_close_to_oracle(got, ref, same, factor=3)
@@ -158,7 +164,7 @@ def test_sinks_against_transformers():
 
 
 def test_gradcheck_of_the_reference():
-    for name in ("odd", "blind_rows", "window_both", "everything"):
+    for name in ("odd", "blind_rows", "window_both", "everything", "bias", "bias_of_keys", "mask"):
         small = dataclasses.replace(BY_NAME[name], seqlen_q=4, seqlen_k=3, headdim=3, batch=1,
                                     nheads=2, nheads_k=1, window_size=(1, None))  # fmt: skip
         call, wanted = leaves(cases.make_inputs(small), torch.float64)
@@ -239,7 +245,7 @@ def test_batch_invariance_and_repeatability(isa, name):
     assert all(torch.equal(again[key], want[key]) for key in want.keys() - {"upstream"})
 
 
-@pytest.mark.parametrize("name", ["blocks", "many_strips", "window_both"])
+@pytest.mark.parametrize("name", ["blocks", "many_strips", "bias_shared", "bias_everything"])
 def test_thread_count_changes_nothing(name):
     inputs = cases.make_inputs(BY_NAME[name])
     before = torch.get_num_threads()
@@ -326,11 +332,12 @@ def test_memory_is_linear(threads):
 
 def test_opcheck():
     q, k, v = (x for x in leaves(cases.make_inputs(BY_NAME["odd"]))[1].values())
-    options = (torch.zeros(2), torch.ones(2), -1, 0, 0.3, 2.0)
+    bias = torch.zeros(2, 1, 5, 7, requires_grad=True)
+    options = (bias, torch.zeros(2), torch.ones(2), -1, 0, 0.3, 2.0)
     torch.library.opcheck(torch.ops.genai_perf.attention_fwd.default, (q, k, v, *options))
     out, lse = gp.attention(q, k, v, return_lse=True)
     args = [x.detach() for x in (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse)]
-    torch.library.opcheck(torch.ops.genai_perf.attention_bwd.default, (*args, *options))
+    torch.library.opcheck(torch.ops.genai_perf.attention_bwd.default, (*args, True, *options))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -373,6 +380,9 @@ BAD = [
     ({"alibi_slopes": torch.zeros(3)}, r"alibi_slopes must be \(nheads 2,\) or \(batch"),
     ({"alibi_slopes": torch.zeros(2).half()}, "alibi_slopes must be one of torch.float32"),
     ({"alibi_slopes": torch.zeros(2, requires_grad=True)}, "alibi_slopes must be a constant"),
+    ({"attn_bias": torch.zeros(2, 2, 5, 6)}, r"attn_bias must be broadcastable to .*2, 5, 7\)"),
+    ({"attn_bias": torch.zeros(1, 2, 2, 5, 7)}, "attn_bias must be broadcastable"),
+    ({"attn_bias": torch.zeros(5, 7).int()}, "attn_bias must be one of"),
     ({"sinks": torch.zeros(1)}, r"sinks must be \(nheads 2,\), got \(1,\)"),
     ({"k": torch.zeros(2, 7, 1, 8, device="meta")}, "k must be of the device of q"),
     ({"backend": "tpu"}, "backend must be one of"),

@@ -12,11 +12,25 @@ OP = "attention"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def attention(q, k, v, *, causal=False, window_size=(None, None), softmax_scale=None, softcap=0.0,
-              alibi_slopes=None, sinks=None, return_lse=False, backend=None):  # fmt: skip
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    window_size=(None, None),
+    softmax_scale=None,
+    softcap=0.0,
+    alibi_slopes=None,
+    attn_bias=None,
+    sinks=None,
+    return_lse=False,
+    backend=None,
+):
+    # fmt: skip
     """Attention with grouped queries, never holding a seqlen_q x seqlen_k matrix (native backend).
 
-        s = softmax_scale * q k^T;   s = softcap * tanh(s / softcap);   s = s + alibi + mask
+        s = softmax_scale * q k^T;  s = softcap * tanh(s / softcap);  s = s + alibi + bias + mask
         out = softmax(s) v,   lse = log sum exp of the rows of s
 
     Args:
@@ -31,6 +45,8 @@ def attention(q, k, v, *, causal=False, window_size=(None, None), softmax_scale=
         softcap: bounds the scores to (-softcap, softcap); 0 does not.
         alibi_slopes: float32 (nheads,) or (batch, nheads); the score of query i and key j loses
             slope * |i + seqlen_k - seqlen_q - j|. Has no gradient.
+        attn_bias: broadcastable to (batch, nheads, seqlen_q, seqlen_k), added to the scores, with a
+            gradient; or of bool: a query sees the keys where it is True.
         sinks: (nheads,), a score without a value that takes part in every softmax of its head, and
             in lse.
         return_lse: also return lse; its gradient is supported.
@@ -57,6 +73,7 @@ def attention(q, k, v, *, causal=False, window_size=(None, None), softmax_scale=
     check_alibi(alibi_slopes, q)
     check_sinks(sinks, q)
     options = Options(
+        attn_bias=check_bias(attn_bias, q, k),
         sinks=sinks,
         alibi_slopes=alibi_slopes,
         window_left=left,
@@ -122,3 +139,19 @@ def check_sinks(sinks, q) -> None:
     check_same(OP, "device", q=q, sinks=sinks)
     if tuple(sinks.shape) != (q.shape[2],):
         fail(OP, "sinks", f"(nheads {q.shape[2]},)", tuple(sinks.shape))
+
+
+def check_bias(attn_bias, q, k):
+    """The bias with four dimensions, the last of them whole (its gradient is made by columns)."""
+    if attn_bias is None:
+        return None
+    check_tensor(OP, attn_bias=attn_bias)
+    check_dtype(OP, (*DTYPES, torch.bool), attn_bias=attn_bias)
+    check_same(OP, "device", q=q, attn_bias=attn_bias)
+    full, shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), attn_bias.shape
+    fits = (size in (1, want) for size, want in zip(reversed(shape), reversed(full), strict=False))
+    if len(shape) > 4 or not all(fits):
+        fail(OP, "attn_bias", f"broadcastable to (batch, nheads, seqlen_q, seqlen_k) {full}",
+             tuple(shape))  # fmt: skip
+    attn_bias = attn_bias.reshape((1,) * (4 - len(shape)) + tuple(shape))
+    return attn_bias.expand(-1, -1, -1, k.shape[1])

@@ -20,6 +20,8 @@ class Case:
     softcap: float = 0.0
     alibi: int = 0  # dimensions of alibi_slopes: 0 none, 1 (nheads,), 2 (batch, nheads)
     sinks: bool = False
+    bias: str | None = None  # the dimensions that attn_bias has whole: some of "bhqk", others are 1
+    mask: str | None = None  # the same, of bool
     dtype: torch.dtype = torch.float32
     tags: tuple[str, ...] = ()
 
@@ -93,6 +95,28 @@ EDGE = (
         window_size=(99, 30),
         headdim=24,
     ),
+    _edge("bias", seqlen_q=130, seqlen_k=300, nheads=4, bias="bhqk", causal=True, headdim=32),
+    _edge("bias_t5", seqlen_q=100, seqlen_k=200, nheads=4, bias="hqk", headdim=32),
+    _edge("bias_by_batch", seqlen_q=97, seqlen_k=45, nheads=4, bias="bqk", headdim=16),
+    _edge("bias_shared", seqlen_q=40, seqlen_k=210, nheads=4, bias="qk", headdim=16),
+    _edge("bias_of_keys", seqlen_q=97, seqlen_k=45, nheads=3, nheads_k=1, bias="k", headdim=16),
+    _edge(
+        "bias_of_queries", seqlen_q=50, seqlen_k=210, nheads=3, nheads_k=1, bias="hq", headdim=16
+    ),
+    _edge(
+        "bias_everything",
+        seqlen_q=50,
+        seqlen_k=210,
+        nheads=8,
+        bias="hqk",
+        softcap=5.0,
+        alibi=1,
+        sinks=True,
+        window_size=(150, 20),
+        headdim=16,
+    ),
+    _edge("mask", seqlen_q=130, seqlen_k=300, nheads=4, mask="bhqk", headdim=32),
+    _edge("mask_padding", seqlen_q=60, seqlen_k=60, nheads=4, mask="bk", causal=True, headdim=32),
 )
 BENCH = tuple(
     Case(
@@ -123,6 +147,16 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict:
         x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
         return x.to(case.dtype)
 
+    whole = dict(zip("bhqk", (case.batch, case.nheads, case.seqlen_q, case.seqlen_k), strict=True))
+
+    def broadcast(dims):
+        return normal(*(size if d in dims else 1 for d, size in whole.items()))
+
+    attn_bias = None
+    if case.bias is not None:
+        attn_bias = broadcast(case.bias)
+    elif case.mask is not None:
+        attn_bias = broadcast(case.mask) > 0
     slopes = 2.0 ** -torch.arange(1, case.nheads + 1, device=device, dtype=torch.float32)
     by_batch = torch.linspace(1, 2, case.batch, device=device)[:, None]
     return {
@@ -133,6 +167,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict:
         "window_size": case.window_size,
         "softcap": case.softcap,
         "alibi_slopes": (None, slopes, by_batch * slopes)[case.alibi],
+        "attn_bias": attn_bias,
         "sinks": normal(case.nheads) if case.sinks else None,
     }
 

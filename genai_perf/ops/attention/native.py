@@ -3,7 +3,7 @@
 import torch
 
 from ..._backends import native
-from .options import Options
+from .options import Options, present
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -11,10 +11,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def why_not(q, k, v, *options) -> str | None:
     if q.dtype not in _DTYPES:
         return f"native takes float32, bfloat16 and float16, got {q.dtype}"
+    bias = Options(*options).attn_bias
+    if bias is not None and bias.dtype not in (*_DTYPES, torch.bool):
+        return f"native takes an attn_bias of bool, float32, bfloat16 and float16, got {bias.dtype}"
     return native.why_not(q, k, v)
 
 
-def why_not_backward(dout, dlse, q, k, v, out, lse, *options) -> str | None:
+def why_not_backward(dout, dlse, q, k, v, out, lse, bias_grad, *options) -> str | None:
     return why_not(q, k, v, *options)
 
 
@@ -38,6 +41,21 @@ def _float(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
 
 
+def _strides(bias: torch.Tensor) -> tuple[int, ...]:
+    """Of the batch, head, row and column; 0 where it is broadcast."""
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)
+    )
+
+
+def _bias(bias: torch.Tensor | None) -> tuple[int, ...]:
+    """Kind (1: added, 2: hides where False), dtype, address and strides."""
+    if bias is None:
+        return ()
+    mask = bias.dtype == torch.bool
+    return 1 + mask, 0 if mask else native.DTYPE_CODES[bias.dtype], bias.data_ptr(), *_strides(bias)
+
+
 def _call(q, k, v, o: Options) -> tuple:
     """The arguments that both entries of csrc/bindings/bind_attention.cpp share."""
     batch, seqlen_q, heads, dim = q.shape
@@ -48,7 +66,15 @@ def _call(q, k, v, o: Options) -> tuple:
         0, 0, native.pointer(slopes), heads if slopes is not None and slopes.dim() == 2 else 0,
         native.pointer(sinks), native.DTYPE_CODES[q.dtype], native.threads(),
     )  # fmt: skip
-    return sizes, (), o.softmax_scale, o.softcap, _tensor4(q), _tensor4(k), _tensor4(v)
+    return (
+        sizes,
+        _bias(o.attn_bias),
+        o.softmax_scale,
+        o.softcap,
+        _tensor4(q),
+        _tensor4(k),
+        _tensor4(v),
+    )
 
 
 def _prepared(q, k, v, options) -> tuple:
@@ -66,14 +92,21 @@ def forward(q, k, v, *options):
     return out, lse
 
 
-def backward(dout, dlse, q, k, v, out, lse, *options):
-    sinks = Options(*options).sinks
+def backward(dout, dlse, q, k, v, out, lse, bias_grad, *options):
+    plain = Options(*options)
     q, k, v, o = _prepared(q, k, v, options)
     out, dout, lse, dlse = _rows(out), _rows(dout.to(q.dtype)), lse.contiguous(), _float(dlse)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(o.sinks)
+    dbias = dsinks = None
+    if bias_grad:
+        dbias = q.new_zeros(o.attn_bias.shape, dtype=torch.float32)
+    if o.sinks is not None:
+        dsinks = torch.empty_like(o.sinks)
     native.lib().attention_bwd(
         *_call(q, k, v, o), *(_tensor4(x) for x in (out, dout, dq, dk, dv)),
-        lse.data_ptr(), native.pointer(dlse), (), 0 if sinks is None else dsinks.data_ptr(),
+        lse.data_ptr(), native.pointer(dlse),
+        (dbias.data_ptr(), *_strides(dbias)) if bias_grad else (), native.pointer(dsinks),
     )  # fmt: skip
-    return dq, dk, dv, dsinks if sinks is None else dsinks.to(sinks.dtype)
+    dbias = None if dbias is None else dbias.to(plain.attn_bias.dtype)
+    dsinks = None if dsinks is None else dsinks.to(plain.sinks.dtype)
+    return dq, dk, dv, *present(dbias, dsinks, like=q)

@@ -4,7 +4,7 @@ import torch
 
 from ..._dispatch import Op
 from . import reference
-from .options import DIFFERENTIABLE, SCHEMA, TENSORS, Options
+from .options import DIFFERENTIABLE, SCHEMA, TENSORS, Options, present
 
 BACKENDS = ("native", "reference")
 
@@ -17,9 +17,10 @@ def _forward_fake(q, k, v, *options, backend=None):
     )
 
 
-def _backward_fake(dout, dlse, q, k, v, out, lse, *options, backend=None):
+def _backward_fake(dout, dlse, q, k, v, out, lse, bias_grad, *options, backend=None):
     o = Options(*options)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), reference.empty_like(o.sinks, q)
+    bias = o.attn_bias if bias_grad else None
+    return (*(x.new_empty(x.shape) for x in (q, k, v, *present(bias, o.sinks, like=q))),)
 
 
 FORWARD = Op(
@@ -29,12 +30,13 @@ FORWARD = Op(
     fake=_forward_fake,
     backends=BACKENDS,
 )
-# The gradients of q, k, v and sinks; that of absent sinks is empty.
+# The gradients of q, k, v, attn_bias (if bias_grad) and sinks; those not asked for are empty.
 BACKWARD = Op(
     __package__,
     "attention_bwd",
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    f" {SCHEMA}, *, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" bool bias_grad, {SCHEMA}, *, str? backend=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     backends=BACKENDS,
     entry="backward",
@@ -56,14 +58,21 @@ def _backward(ctx, dout, dlse):
         return *(None,) * _INPUTS, *_NO_GRADS
     if dout is None:
         dout = torch.zeros_like(out)
-    q, k, v, *tensors = inputs
-    grads = BACKWARD(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options, backend=ctx.backend)
-    grads = (g if x is not None else None for g, x in zip(grads, inputs, strict=False))
+    q, k, v, *options = inputs
+    options += ctx.options
+    bias_grad = ctx.needs_input_grad[3]
+    grads = BACKWARD(dout, dlse, q, k, v, out, lse, bias_grad, *options, backend=ctx.backend)
+    wanted = ctx.needs_input_grad[:_INPUTS]
+    grads = (g if needed else None for g, needed in zip(grads, wanted, strict=True))
     return *grads, *_NO_GRADS
 
 
+def _is_leaf(x: torch.Tensor | None) -> bool:
+    return x is not None and x.requires_grad
+
+
 def _setup_second(ctx, inputs, keyword_only_inputs, output) -> None:
-    dout, dlse, q, k, v, _, _, *options = inputs
+    dout, dlse, q, k, v, _, _, _, *options = inputs
     ctx.options = options[TENSORS:]
     ctx.save_for_backward(dout, dlse, q, k, v, *options[:TENSORS])
     ctx.set_materialize_grads(False)
@@ -74,31 +83,33 @@ def _backward_second(ctx, *grads):
     whole derivative arrives at the inputs and nothing at out and lse."""
     dout, dlse, *inputs = ctx.saved_tensors
     with torch.enable_grad():
-        wanted = [dout, dlse, *inputs[:_INPUTS]]
-        wanted = [None if x is None else x.detach().requires_grad_() for x in wanted]
+        wanted = [None if x is None else x.detach() for x in (dout, dlse, *inputs[:_INPUTS])]
+        for x in wanted:
+            if x is not None and x.is_floating_point():  # a mask of bools is not differentiable
+                x.requires_grad_()
         upstream, leaves = wanted[:2], wanted[2:]
         outputs = reference.forward(*leaves, *inputs[_INPUTS:], *ctx.options)
         pairs = [(y, g) for y, g in zip(outputs, upstream, strict=True) if g is not None]
-        present = [x for x in leaves if x is not None]
+        present = [x for x in leaves if _is_leaf(x)]
         first = iter(
             torch.autograd.grad(
                 [y for y, _ in pairs], present, [g for _, g in pairs],
                 create_graph=True, materialize_grads=True,
             )
         )  # fmt: skip
-        first = [None if x is None else next(first) for x in leaves]
+        first = [next(first) if _is_leaf(x) else None for x in leaves]
         pairs = [
             (f, g) for f, g in zip(first, grads, strict=True) if g is not None and f is not None
         ]
         second = iter(
             torch.autograd.grad(
-                [f for f, _ in pairs], [x for x in wanted if x is not None], [g for _, g in pairs],
+                [f for f, _ in pairs], [x for x in wanted if _is_leaf(x)], [g for _, g in pairs],
                 allow_unused=True,
             )
         )  # fmt: skip
-    dout, dlse, *by_input = (None if x is None else next(second) for x in wanted)
+    dout, dlse, *by_input = (next(second) if _is_leaf(x) else None for x in wanted)
     q, k, v, *tensors = by_input
-    return dout, dlse, q, k, v, None, None, *tensors, *_NO_GRADS
+    return dout, dlse, q, k, v, None, None, None, *tensors, *_NO_GRADS
 
 
 FORWARD.register_autograd(_backward, setup_context=_setup_context)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 SCHEMA = (
-    "Tensor? sinks, Tensor? alibi_slopes, int window_left, int window_right,"
+    "Tensor? attn_bias, Tensor? sinks, Tensor? alibi_slopes, int window_left, int window_right,"
     " float softmax_scale, float softcap"
 )
 
@@ -13,6 +13,8 @@ SCHEMA = (
 class Options(NamedTuple):
     """The arguments of `SCHEMA`, in its order.
 
+    attn_bias: (1 or batch, 1 or nheads, 1 or seqlen_q, seqlen_k), added to the scores; bool: False
+        hides the key; None: none.
     sinks: (nheads,), a score without a value in every softmax of its head; None: none.
     alibi_slopes: float32 (nheads,) or (batch, nheads); the score of query i and key j loses
         slope * |i + seqlen_k - seqlen_q - j|; None: none.
@@ -21,6 +23,7 @@ class Options(NamedTuple):
     softcap: scores become softcap * tanh(score / softcap); 0: none.
     """
 
+    attn_bias: Tensor | None
     sinks: Tensor | None
     alibi_slopes: Tensor | None
     window_left: int
@@ -30,5 +33,10 @@ class Options(NamedTuple):
 
 
 # The tensors among them that have a gradient come first.
-DIFFERENTIABLE = 1
-TENSORS = 2
+DIFFERENTIABLE = 2
+TENSORS = 3
+
+
+def present(*tensors: Tensor | None, like: Tensor) -> list[Tensor]:
+    """The tensors, an empty one in the place of None: operators return tensors only."""
+    return [like.new_empty(0) if x is None else x for x in tensors]

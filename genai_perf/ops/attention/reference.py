@@ -6,7 +6,7 @@ yardstick for the error that the dtype itself brings.
 
 import torch
 
-from .options import Options
+from .options import Options, present
 
 
 def why_not(*args) -> str | None:
@@ -18,11 +18,6 @@ why_not_backward = why_not
 
 def lse_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def empty_like(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """Room for the gradient of x: nothing for None."""
-    return like.new_empty(0) if x is None else torch.empty_like(x)
 
 
 def _distance(seqlen_q: int, seqlen_k: int, device) -> torch.Tensor:
@@ -65,6 +60,11 @@ def _scores(q, k, o: Options) -> tuple[torch.Tensor, torch.Tensor | None]:
     if o.alibi_slopes is not None:
         slopes = o.alibi_slopes.to(s.dtype)[..., None, None]
         s = s - slopes * _distance(q.shape[2], k.shape[2], q.device).abs()
+    if o.attn_bias is not None:
+        if o.attn_bias.dtype == torch.bool:
+            s = s.masked_fill(~o.attn_bias, -torch.inf)
+        else:
+            s = s + o.attn_bias.to(s.dtype)
     mask = visible(q.shape[2], k.shape[2], o, q.device)
     return s if mask is None else s.masked_fill(~mask, -torch.inf), slope
 
@@ -95,7 +95,7 @@ def forward(q, k, v, *options, upcast=True):
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse.to(lse_dtype(q))
 
 
-def backward(dout, dlse, q, k, v, out, lse, *options, upcast=True):
+def backward(dout, dlse, q, k, v, out, lse, bias_grad, *options, upcast=True):
     """dS = P * (dO V^T - rowsum(dO O) + dlse), dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q."""
     o = Options(*options)
     qh, kh, vh = _inputs(q, k, v, upcast)
@@ -106,12 +106,14 @@ def backward(dout, dlse, q, k, v, out, lse, *options, upcast=True):
     if dlse is not None:
         delta = delta - dlse.to(delta.dtype)
     ds = p * (do @ vh.transpose(-1, -2) - delta.unsqueeze(-1))
+    dbias = dsinks = None
+    if bias_grad:
+        dbias = ds.sum_to_size(o.attn_bias.shape).to(o.attn_bias.dtype)
     if slope is not None:
         ds = ds * slope
     dq = ds @ kh * o.softmax_scale
     dk = ds.transpose(-1, -2) @ qh * o.softmax_scale
     dv = p.transpose(-1, -2) @ do
-    dsinks = empty_like(o.sinks, q)
     if o.sinks is not None:  # a key with value 0, so dP = 0
         p_sink = _probabilities(o.sinks.to(s.dtype)[:, None, None], lse).squeeze(-1)
         dsinks = -(p_sink * delta).sum((0, 2)).to(o.sinks.dtype)
@@ -120,4 +122,4 @@ def backward(dout, dlse, q, k, v, out, lse, *options, upcast=True):
         grad = grad.unflatten(1, (like.shape[2], -1)).sum(2).transpose(1, 2)
         return grad.to(like.dtype).contiguous()
 
-    return collect(dq, q), collect(dk, k), collect(dv, v), dsinks
+    return collect(dq, q), collect(dk, k), collect(dv, v), *present(dbias, dsinks, like=q)
