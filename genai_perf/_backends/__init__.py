@@ -5,7 +5,7 @@ Each file exports `unavailable() -> str | None`: one sentence if the toolchain i
 
 from importlib import import_module
 
-BACKENDS = ("cuda", "native", "reference")
+BACKENDS = ("triton", "cuda", "native", "reference")
 
 
 def backends() -> dict[str, str | None]:

@@ -1,0 +1,272 @@
+"""The backward kernels: delta, then dK and dV by key blocks, then dQ by query blocks.
+
+    P = exp2(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P * (dP - delta),  dK = dS^T Q,  dQ = dS K
+    delta = rowsum(dO * O) - dlse
+
+Nothing is added atomically: each program owns its output, so that two runs agree bit for bit.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    COUNTS,
+    NO_BIAS,
+    base,
+    exponential,
+    heavy_first,
+    row_sums,
+    masked_tile_start,
+    masked_tiles,
+    rows_tile,
+    scores,
+    sequence,
+    store_rows,
+    tile_ranges,
+    unit,
+    visible,
+)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _attention_bwd_delta_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, sinks_ptr, dsinks_ptr, cu_seqlens_q_ptr,
+    stride_ob, stride_os, stride_oh, stride_dob, stride_dos, stride_doh, stride_lb, stride_lh,
+    nheads, max_seqlen_q,
+    BLOCK_M: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr,
+    SINKS: tl.constexpr, VARLEN: tl.constexpr,
+    NATURAL: tl.constexpr,
+):  # fmt: skip
+    """delta of BLOCK_M rows, and their share of the sink's gradient: -sum exp(sink - lse) delta."""
+    blocks = tl.cdiv(max_seqlen_q, BLOCK_M)
+    pid = tl.program_id(0)
+    stream = pid // blocks
+    first = (pid - stream * blocks) * BLOCK_M
+    batch = stream // nheads
+    head = stream - batch * nheads
+    start, seqlen = sequence(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    if first >= seqlen:
+        if SINKS:
+            tl.store(dsinks_ptr + pid, 0.0)
+        return
+    out_ptr = base(out_ptr, batch, head, start, stride_ob, stride_oh, stride_os, VARLEN)
+    dout_ptr = base(dout_ptr, batch, head, start, stride_dob, stride_doh, stride_dos, VARLEN)
+    lse_ptr = base(lse_ptr, batch, head, start, stride_lb, stride_lh, 1, VARLEN)
+    delta_ptr = base(delta_ptr, batch, head, start, stride_lb, stride_lh, 1, VARLEN)
+    o = rows_tile(out_ptr, first, stride_os, seqlen, BLOCK_M, HEAD_DIM_V, BLOCK_DV, True)
+    do = rows_tile(dout_ptr, first, stride_dos, seqlen, BLOCK_M, HEAD_DIM_V, BLOCK_DV, True)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    rows = first + tl.arange(0, BLOCK_M)
+    if DLSE:
+        dlse_ptr = base(dlse_ptr, batch, head, start, stride_lb, stride_lh, 1, VARLEN)
+        delta -= tl.load(dlse_ptr + rows, mask=rows < seqlen, other=0.0)
+    tl.store(delta_ptr + rows, delta, mask=rows < seqlen)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * unit(NATURAL)
+        share = exponential(sink - row_sums(lse_ptr, rows, seqlen, NATURAL), NATURAL) * delta
+        tl.store(dsinks_ptr + pid, -tl.sum(share, 0))
+
+
+@triton.jit
+def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qs, stride_dos, first_m,
+               first_n, seqlen_q, seqlen_k, left, right, qk_scale, softcap, slope, bias_ptr,
+               stride_bias_m, stride_bias_n,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+               HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+               HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+               ALIBI: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
+               PRECISION: tl.constexpr, NATURAL: tl.constexpr):  # fmt: skip
+    """What queries [first_m, first_m + BLOCK_M) add to dK and dV; tiles are (BLOCK_N, BLOCK_M)."""
+    q = rows_tile(q_ptr, first_m, stride_qs, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
+    rows = first_m + tl.arange(0, BLOCK_M)
+    lse = row_sums(lse_ptr, rows, seqlen_q, NATURAL)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    cols = (first_n + tl.arange(0, BLOCK_N))[:, None]
+    s, slope_of_cap = scores(s, first_m, first_n, rows[None, :], cols, seqlen_q, seqlen_k,
+                             qk_scale, softcap, slope, bias_ptr, stride_bias_m, stride_bias_n,
+                             SOFTCAP, ALIBI, BIAS, NATURAL)  # fmt: skip
+    p = exponential(s - lse[None, :], NATURAL)
+    if MASKED:
+        # Keys past the end are not masked apart: they change rows of dK and dV that are not stored.
+        seen = visible(rows[None, :], cols, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT)
+        p = tl.where(seen, p, 0.0)
+    do = rows_tile(do_ptr, first_m, stride_dos, seqlen_q, BLOCK_M, HEAD_DIM_V, BLOCK_DV, MASKED)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    delta = tl.load(delta_ptr + rows, mask=rows < seqlen_q, other=0.0)
+    ds = p * (dp - delta[None, :]) * slope_of_cap
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _attention_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, slopes_ptr,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+    stride_vh, stride_dob, stride_dos, stride_doh, stride_dkb, stride_dks, stride_dkh, stride_dvb,
+    stride_dvs, stride_dvh, stride_lb, stride_lh,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_slopes_b,
+    nheads_k, group, streams, together, max_seqlen_q, max_seqlen_k, left, right, softmax_scale,
+    qk_scale, softcap,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, NATURAL: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of BLOCK_N keys: the queries of every head of the group, one after the other."""
+    blocks = tl.cdiv(max_seqlen_k, BLOCK_N)
+    # Under a causal mask the first keys are seen by most queries: their blocks come first.
+    block, stream = heavy_first(tl.program_id(0), blocks, streams, together, False)
+    batch = stream // nheads_k
+    head_k = stream - batch * nheads_k
+    start_q, seqlen_q = sequence(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    start_k, seqlen_k = sequence(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
+    first_n = block * BLOCK_N
+    if first_n >= seqlen_k:
+        return
+    k_ptr = base(k_ptr, batch, head_k, start_k, stride_kb, stride_kh, stride_ks, VARLEN)
+    v_ptr = base(v_ptr, batch, head_k, start_k, stride_vb, stride_vh, stride_vs, VARLEN)
+    k = rows_tile(k_ptr, first_n, stride_ks, seqlen_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = rows_tile(v_ptr, first_n, stride_vs, seqlen_k, BLOCK_N, HEAD_DIM_V, BLOCK_DV, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    lo, full_lo, full_hi, hi = tile_ranges(first_n, seqlen_q - seqlen_k, seqlen_q, right, left,
+                                           HAS_RIGHT, HAS_LEFT, BLOCK_N, BLOCK_M)  # fmt: skip
+    for member in range(0, group):
+        head = head_k * group + member
+        q_head = base(q_ptr, batch, head, start_q, stride_qb, stride_qh, stride_qs, VARLEN)
+        do_head = base(dout_ptr, batch, head, start_q, stride_dob, stride_doh, stride_dos, VARLEN)
+        lse_head = base(lse_ptr, batch, head, start_q, stride_lb, stride_lh, 1, VARLEN)
+        delta_head = base(delta_ptr, batch, head, start_q, stride_lb, stride_lh, 1, VARLEN)
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes_ptr + batch * stride_slopes_b + head)
+        bias_head = bias_ptr
+        if BIAS != NO_BIAS:
+            bias_head += (
+                tl.cast(batch, tl.int64) * stride_bias_b + tl.cast(head, tl.int64) * stride_bias_h
+            )
+        for first_m in tl.range(full_lo, full_hi, BLOCK_M):
+            dk, dv = _dkdv_tile(
+                dk, dv, k, v, q_head, do_head, lse_head, delta_head, stride_qs, stride_dos,
+                first_m, first_n, seqlen_q, seqlen_k, left, right, qk_scale, softcap, slope,
+                bias_head, stride_bias_m, stride_bias_n, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V,
+                BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, BIAS, False,
+                PRECISION, NATURAL)  # fmt: skip
+        for index in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_M)):
+            first_m = masked_tile_start(index, lo, full_lo, full_hi, BLOCK_M)
+            dk, dv = _dkdv_tile(
+                dk, dv, k, v, q_head, do_head, lse_head, delta_head, stride_qs, stride_dos,
+                first_m, first_n, seqlen_q, seqlen_k, left, right, qk_scale, softcap, slope,
+                bias_head, stride_bias_m, stride_bias_n, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V,
+                BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, BIAS, True,
+                PRECISION, NATURAL)  # fmt: skip
+    dk_ptr = base(dk_ptr, batch, head_k, start_k, stride_dkb, stride_dkh, stride_dks, VARLEN)
+    dv_ptr = base(dv_ptr, batch, head_k, start_k, stride_dvb, stride_dvh, stride_dvs, VARLEN)
+    dk = dk * softmax_scale
+    store_rows(dk_ptr, dk, first_n, stride_dks, seqlen_k, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, dv, first_n, stride_dvs, seqlen_k, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
+
+
+@triton.jit
+def score_gradient(q, k, v, do, lse, delta, first_m, first_n, seqlen_q, seqlen_k, left, right,
+                   qk_scale, softcap, slope, bias_ptr, stride_bias_m, stride_bias_n,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
+                   HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+                   BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, NATURAL: tl.constexpr):  # fmt: skip
+    """(dS of one (BLOCK_M, BLOCK_N) tile, with respect to the scores after softcap; that slope)."""
+    rows = (first_m + tl.arange(0, BLOCK_M))[:, None]
+    cols = (first_n + tl.arange(0, BLOCK_N))[None, :]
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s, slope_of_cap = scores(s, first_m, first_n, rows, cols, seqlen_q, seqlen_k, qk_scale, softcap,
+                             slope, bias_ptr, stride_bias_m, stride_bias_n, SOFTCAP, ALIBI, BIAS,
+                             NATURAL)  # fmt: skip
+    p = exponential(s - lse[:, None], NATURAL)
+    if MASKED:
+        seen = visible(rows, cols, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT)
+        p = tl.where(seen, p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    return p * (dp - delta[:, None]), slope_of_cap
+
+
+@triton.jit
+def _dq_tile(dq, q, do, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, first_m, first_n, seqlen_q,
+             seqlen_k, left, right, qk_scale, softcap, slope, bias_ptr, stride_bias_m,
+             stride_bias_n,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+             HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+             HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+             ALIBI: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
+             PRECISION: tl.constexpr, NATURAL: tl.constexpr):  # fmt: skip
+    k = rows_tile(k_ptr, first_n, stride_ks, seqlen_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    v = rows_tile(v_ptr, first_n, stride_vs, seqlen_k, BLOCK_N, HEAD_DIM_V, BLOCK_DV, MASKED)
+    ds, slope_of_cap = score_gradient(
+        q, k, v, do, lse, delta, first_m, first_n, seqlen_q, seqlen_k, left, right, qk_scale,
+        softcap, slope, bias_ptr, stride_bias_m, stride_bias_n, BLOCK_M, BLOCK_N, HAS_LEFT,
+        HAS_RIGHT, SOFTCAP, ALIBI, BIAS, MASKED, PRECISION, NATURAL)  # fmt: skip
+    return tl.dot((ds * slope_of_cap).to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, bias_ptr, slopes_ptr,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+    stride_vh, stride_dob, stride_dos, stride_doh, stride_dqb, stride_dqs, stride_dqh, stride_lb,
+    stride_lh, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_slopes_b,
+    nheads, group, streams, together, max_seqlen_q, max_seqlen_k, left, right, softmax_scale,
+    qk_scale, softcap,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, NATURAL: tl.constexpr,
+):  # fmt: skip
+    """dQ of BLOCK_M queries of one head."""
+    blocks = tl.cdiv(max_seqlen_q, BLOCK_M)
+    block, stream = heavy_first(tl.program_id(0), blocks, streams, together, HAS_RIGHT)
+    batch = stream // nheads
+    head = stream - batch * nheads
+    start_q, seqlen_q = sequence(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    start_k, seqlen_k = sequence(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
+    first_m = block * BLOCK_M
+    if first_m >= seqlen_q:
+        return
+    head_k = head // group
+    q_ptr = base(q_ptr, batch, head, start_q, stride_qb, stride_qh, stride_qs, VARLEN)
+    k_ptr = base(k_ptr, batch, head_k, start_k, stride_kb, stride_kh, stride_ks, VARLEN)
+    v_ptr = base(v_ptr, batch, head_k, start_k, stride_vb, stride_vh, stride_vs, VARLEN)
+    do_ptr = base(dout_ptr, batch, head, start_q, stride_dob, stride_doh, stride_dos, VARLEN)
+    lse_ptr = base(lse_ptr, batch, head, start_q, stride_lb, stride_lh, 1, VARLEN)
+    delta_ptr = base(delta_ptr, batch, head, start_q, stride_lb, stride_lh, 1, VARLEN)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + batch * stride_slopes_b + head)
+    if BIAS != NO_BIAS:
+        bias_ptr += (
+            tl.cast(batch, tl.int64) * stride_bias_b + tl.cast(head, tl.int64) * stride_bias_h
+        )
+    q = rows_tile(q_ptr, first_m, stride_qs, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    do = rows_tile(do_ptr, first_m, stride_dos, seqlen_q, BLOCK_M, HEAD_DIM_V, BLOCK_DV, True)
+    rows = first_m + tl.arange(0, BLOCK_M)
+    lse = row_sums(lse_ptr, rows, seqlen_q, NATURAL)
+    delta = tl.load(delta_ptr + rows, mask=rows < seqlen_q, other=0.0)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    lo, full_lo, full_hi, hi = tile_ranges(first_m, seqlen_k - seqlen_q, seqlen_k, left, right,
+                                           HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)  # fmt: skip
+    for first_n in tl.range(full_lo, full_hi, BLOCK_N):
+        dq = _dq_tile(
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, first_m, first_n, seqlen_q,
+            seqlen_k, left, right, qk_scale, softcap, slope, bias_ptr, stride_bias_m,
+            stride_bias_n, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, HAS_LEFT,
+            HAS_RIGHT, SOFTCAP, ALIBI, BIAS, False, PRECISION, NATURAL)  # fmt: skip
+    for index in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_N)):
+        first_n = masked_tile_start(index, lo, full_lo, full_hi, BLOCK_N)
+        dq = _dq_tile(
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, first_m, first_n, seqlen_q,
+            seqlen_k, left, right, qk_scale, softcap, slope, bias_ptr, stride_bias_m,
+            stride_bias_n, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, HAS_LEFT,
+            HAS_RIGHT, SOFTCAP, ALIBI, BIAS, True, PRECISION, NATURAL)  # fmt: skip
+    dq_ptr = base(dq_ptr, batch, head, start_q, stride_dqb, stride_dqh, stride_dqs, VARLEN)
+    dq = dq * softmax_scale
+    store_rows(dq_ptr, dq, first_m, stride_dqs, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_D)

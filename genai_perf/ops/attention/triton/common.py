@@ -1,0 +1,209 @@
+"""What the attention kernels share on the device: sequences, tile ranges, scores, masked loads.
+
+Scores are in log2 units (softmax_scale * log2 e folded into one factor), so that exp2, the
+instruction that the hardware has, is the exponential; for float32 inputs they stay NATURAL, because
+folding rounds scores more coarsely than the float32 reference does. A window is a pair of distances: query i sees
+keys j with i + offset - left <= j <= i + offset + right, offset = seqlen_k - seqlen_q.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Values of the constexpr BIAS.
+NO_BIAS, ADDED_BIAS, BOOL_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+# Integer arguments whose value no kernel is specialised on: a new length compiles nothing.
+COUNTS = (
+    "nheads", "nheads_k", "group", "streams", "together", "max_seqlen_q", "max_seqlen_k",
+    "seqlen_q", "seqlen_k", "left", "right", "stride_lb", "stride_lh", "stride_slopes_b",
+    "bias_heads", "bias_blocks_m", "bias_blocks_n", "batches", "heads", "blocks_m", "blocks_n",
+)  # fmt: skip
+
+
+@triton.jit
+def sequence(cu_seqlens_ptr, batch, seqlen, VARLEN: tl.constexpr):
+    """(first row, length) of sequence `batch`; the first row is 0 where batches have a dimension."""
+    if VARLEN:
+        start = tl.load(cu_seqlens_ptr + batch)
+        length = tl.load(cu_seqlens_ptr + batch + 1) - start
+    else:
+        start = tl.full((), 0, tl.int32)
+        length = seqlen
+    return start, length
+
+
+@triton.jit
+def base(ptr, batch, head, start, stride_b, stride_h, stride_s, VARLEN: tl.constexpr):
+    """Address of row `start` of one head, in 64-bit arithmetic."""
+    if VARLEN:
+        offset = tl.cast(start, tl.int64) * stride_s
+    else:
+        offset = tl.cast(batch, tl.int64) * stride_b
+    return ptr + offset + tl.cast(head, tl.int64) * stride_h
+
+
+@triton.jit
+def rows_tile(ptr, first, stride_s, length, ROWS: tl.constexpr, DIM: tl.constexpr,
+              BLOCK_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):  # fmt: skip
+    """Rows [first, first + ROWS) of a (length, DIM) matrix, zero outside it: (ROWS, BLOCK_DIM)."""
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    ptrs = ptr + tl.cast(first, tl.int64) * stride_s + (rows[:, None] * stride_s + dims[None, :])
+    if MASK_ROWS:
+        if DIM == BLOCK_DIM:
+            tile = tl.load(ptrs, mask=(first + rows)[:, None] < length, other=0.0)
+        else:
+            mask = ((first + rows)[:, None] < length) & (dims[None, :] < DIM)
+            tile = tl.load(ptrs, mask=mask, other=0.0)
+    elif DIM == BLOCK_DIM:
+        tile = tl.load(ptrs)
+    else:
+        tile = tl.load(ptrs, mask=dims[None, :] < DIM, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(ptr, tile, first, stride_s, length, ROWS: tl.constexpr, DIM: tl.constexpr,
+               BLOCK_DIM: tl.constexpr):  # fmt: skip
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    ptrs = ptr + tl.cast(first, tl.int64) * stride_s + (rows[:, None] * stride_s + dims[None, :])
+    mask = ((first + rows)[:, None] < length) & (dims[None, :] < DIM)
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tile_ranges(first, offset, length, below, above, HAS_BELOW: tl.constexpr,
+                HAS_ABOVE: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Which tiles of BLOCK partners a block of BLOCK_OWN positions from `first` on has to visit.
+
+    Position x sees partners [x + offset - below, x + offset + above] of [0, length). Returns
+    lo <= full_lo <= full_hi, hi: partners [full_lo, full_hi) are seen by the whole block, those of
+    [lo, full_lo) and [full_hi, hi) by a part of it; all but hi are multiples of BLOCK.
+    """
+    last = first + BLOCK_OWN - 1
+    lo = tl.full((), 0, tl.int32)
+    full_lo = tl.full((), 0, tl.int32)
+    hi = length
+    full_hi = length
+    if HAS_BELOW:
+        lo = tl.maximum(first + offset - below, 0) // BLOCK * BLOCK
+        full_lo = (tl.maximum(last + offset - below, 0) + BLOCK - 1) // BLOCK * BLOCK
+    if HAS_ABOVE:
+        hi = tl.minimum(length, last + offset + above + 1)
+        full_hi = tl.minimum(length, first + offset + above + 1)
+    hi = tl.maximum(hi, lo)
+    full_lo = tl.minimum(full_lo, (hi + BLOCK - 1) // BLOCK * BLOCK)
+    full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK * BLOCK, full_lo)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def masked_tile_start(index, lo, full_lo, full_hi, BLOCK: tl.constexpr):
+    """Start of the index-th partly seen tile: first those below the full ones, then those above."""
+    below = (full_lo - lo) // BLOCK
+    return tl.where(index < below, lo + index * BLOCK, full_hi + (index - below) * BLOCK)
+
+
+@triton.jit
+def masked_tiles(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
+    return (full_lo - lo) // BLOCK + (tl.maximum(hi - full_hi, 0) + BLOCK - 1) // BLOCK
+
+
+@triton.jit
+def visible(rows, cols, seqlen_q, seqlen_k, left, right, HAS_LEFT: tl.constexpr,
+            HAS_RIGHT: tl.constexpr):  # fmt: skip
+    """Where query `rows` sees key `cols`; the two broadcast to the shape of the score tile."""
+    seen = (rows < seqlen_q) & (cols < seqlen_k)
+    aligned = rows + (seqlen_k - seqlen_q)
+    if HAS_LEFT:
+        seen = seen & (cols >= aligned - left)
+    if HAS_RIGHT:
+        seen = seen & (cols <= aligned + right)
+    return seen
+
+
+@triton.jit
+def exponential(x, NATURAL: tl.constexpr):
+    if NATURAL:
+        y = tl.exp(x)
+    else:
+        y = tl.exp2(x)
+    return y
+
+
+@triton.jit
+def unit(NATURAL: tl.constexpr):
+    """What a natural logarithm is multiplied by to be in the units of the scores."""
+    return 1.0 if NATURAL else LOG2E
+
+
+@triton.jit
+def tanh(x, NATURAL: tl.constexpr):
+    """1 - 2 / (exp(2x) + 1); near 0, where that cancels, its series if NATURAL."""
+    y = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    if NATURAL:
+        x2 = x * x
+        series = -1382.0 / 155925.0
+        series = series * x2 + 62.0 / 2835.0
+        series = series * x2 - 17.0 / 315.0
+        series = series * x2 + 2.0 / 15.0
+        series = series * x2 - 1.0 / 3.0
+        y = tl.where(tl.abs(x) < 0.3, x + x * x2 * series, y)
+    return y
+
+
+@triton.jit
+def scores(qk, first_m, first_n, rows, cols, seqlen_q, seqlen_k, qk_scale, softcap, slope, bias_ptr,
+           stride_bias_m, stride_bias_n, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+           NATURAL: tl.constexpr):  # fmt: skip
+    """Scores from raw q k^T in the units of exp2, or exp if NATURAL, and the derivative of softcap (1.0 without it).
+
+    qk_scale holds the unit, or with SOFTCAP softmax_scale / softcap alone; bias_ptr is that of the
+    batch and head. rows and cols broadcast, so the tile may be either way round.
+    """
+    slope_of_cap = 1.0
+    if SOFTCAP:
+        t = tanh(qk * qk_scale, NATURAL)
+        slope_of_cap = 1.0 - t * t
+        s = t * (softcap * unit(NATURAL))
+    else:
+        s = qk * qk_scale
+    if ALIBI:
+        distance = tl.abs(rows + (seqlen_k - seqlen_q) - cols).to(tl.float32)
+        s = s - distance * (slope * unit(NATURAL))
+    if BIAS != NO_BIAS:
+        inside = (rows < seqlen_q) & (cols < seqlen_k)
+        bias_ptr += (
+            tl.cast(first_m, tl.int64) * stride_bias_m + tl.cast(first_n, tl.int64) * stride_bias_n
+        )
+        ptrs = bias_ptr + (rows - first_m) * stride_bias_m + (cols - first_n) * stride_bias_n
+        if BIAS == ADDED_BIAS:
+            s = s + tl.load(ptrs, mask=inside, other=0.0).to(tl.float32) * unit(NATURAL)
+        else:
+            s = tl.where(tl.load(ptrs, mask=inside, other=0) != 0, s, float("-inf"))
+    return s, slope_of_cap
+
+
+@triton.jit
+def row_sums(lse_ptr, rows, seqlen_q, NATURAL: tl.constexpr):
+    """lse in the units of the scores; +inf, which makes every probability 0, for a row that sees no key."""
+    lse = tl.load(lse_ptr + rows, mask=rows < seqlen_q, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * unit(NATURAL))
+
+
+@triton.jit
+def heavy_first(pid, blocks, streams, together, DESCENDING: tl.constexpr):
+    """(block, stream) of a program: `together` streams (heads of a batch) at a time, so that their
+    keys stay in L2, and under a causal mask the blocks that see most keys first."""
+    chunk = pid // (together * blocks)
+    within = pid - chunk * (together * blocks)
+    width = tl.minimum(together, streams - chunk * together)
+    block = within // width
+    stream = chunk * together + within - block * width
+    if DESCENDING:
+        block = blocks - 1 - block
+    return block, stream

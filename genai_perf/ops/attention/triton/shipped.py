@@ -1,0 +1,106 @@
+"""The kernels as they ship: every row of the configuration rule, with the options that it serves."""
+
+from collections.abc import Iterator
+
+import torch
+
+from ...._backends.triton_aot import Source
+from . import configs
+from .bwd_kernels import (
+    _attention_bwd_delta_kernel,
+    _attention_bwd_dkdv_kernel,
+    _attention_bwd_dq_kernel,
+)
+from .dbias_kernel import _attention_bwd_dbias_kernel
+from .fwd_kernel import _attention_fwd_kernel
+from .problem import block_dim
+
+KERNELS = {
+    "fwd": _attention_fwd_kernel,
+    "dkdv": _attention_bwd_dkdv_kernel,
+    "dq": _attention_bwd_dq_kernel,
+    "dbias": _attention_bwd_dbias_kernel,
+    "delta": _attention_bwd_delta_kernel,
+}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+PLAIN = {
+    "HAS_LEFT": False, "HAS_RIGHT": False, "SOFTCAP": False, "ALIBI": False, "BIAS": 0,
+    "VARLEN": False, "SINKS": False, "SCALE_FIRST": False,
+}  # fmt: skip
+FEATURES = {
+    "full": {},
+    "causal": {"HAS_RIGHT": True},
+    "window": {"HAS_LEFT": True, "HAS_RIGHT": True, "SINKS": True},
+    "softcap": {"HAS_RIGHT": True, "SOFTCAP": True, "SCALE_FIRST": True},
+    "alibi": {"HAS_RIGHT": True, "ALIBI": True, "SCALE_FIRST": True},
+    "bias": {"BIAS": 1, "SCALE_FIRST": True},
+    "mask": {"BIAS": 2, "SCALE_FIRST": True},
+    "varlen": {"HAS_RIGHT": True, "VARLEN": True},
+    "everything": {
+        "HAS_LEFT": True, "HAS_RIGHT": True, "SOFTCAP": True, "ALIBI": True, "BIAS": 1,
+        "SINKS": True, "SCALE_FIRST": True,
+    },
+}  # fmt: skip
+
+
+def source(kernel: str, arch: str, dtype: torch.dtype, headdim: int, headdim_v: int, feature: str,
+           config: dict[str, int] | None = None) -> Source:  # fmt: skip
+    """One kernel under one set of options, in the configuration of the rule or in `config`."""
+    options = PLAIN | FEATURES[feature]
+    config = config or configs.rule(kernel, arch, dtype, headdim, headdim_v, heavy(options))
+    exact = dtype != torch.float32 or arch.startswith("gfx")
+    values = options | config | {
+        "HEAD_DIM": headdim, "HEAD_DIM_V": headdim_v, "BLOCK_D": block_dim(headdim),
+        "BLOCK_DV": block_dim(headdim_v), "PRECISION": "ieee" if exact else "tf32x3",
+        "NATURAL": dtype == torch.float32, "DLSE": True, "SHARED_M": False, "SHARED_N": False,
+    }  # fmt: skip
+    absent = {
+        "bias_ptr": not options["BIAS"], "slopes_ptr": not options["ALIBI"],
+        "sinks_ptr": not options["SINKS"], "dsinks_ptr": not options["SINKS"],
+        "cu_seqlens_q_ptr": not options["VARLEN"], "cu_seqlens_k_ptr": not options["VARLEN"],
+    }  # fmt: skip
+    if kernel == "dbias":
+        absent["bias_ptr"] = False
+    function = KERNELS[kernel]
+    constants = {name: values[name] for name in function.arg_names if name in values}
+    constants |= {n: None for n, gone in absent.items() if gone and n in function.arg_names}
+    full = {name: "fp32" for name in ("lse_ptr", "dlse_ptr", "delta_ptr", "slopes_ptr",
+                                      "dsinks_ptr")}  # fmt: skip
+    full |= {"cu_seqlens_q_ptr": "i32", "cu_seqlens_k_ptr": "i32"}
+    if options["BIAS"] == 2:
+        full["bias_ptr"] = "u8"
+    matrix = "none" if kernel == "delta" else "own" if dtype != torch.float32 else "any"
+    return Source(
+        f"attention {kernel} {TYPES[dtype]} {headdim}x{headdim_v} {feature}", function, constants,
+        TYPES[dtype], full, ("softmax_scale", "qk_scale", "softcap"),
+        {name: config[name] for name in ("num_warps", "num_stages")}, matrix,
+    )  # fmt: skip
+
+
+def heavy(options: dict[str, object]) -> bool:
+    return bool(options["SOFTCAP"] or options["ALIBI"] or options["BIAS"])
+
+
+def sources(arch: str, *, subset: bool = False) -> Iterator[Source]:
+    """Everything that ships for `arch`; the subset holds one source a kernel."""
+    half, whole = torch.bfloat16, torch.float32
+    if subset:
+        for kernel in ("fwd", "dkdv", "dq"):
+            yield source(kernel, arch, half, 128, 128, "causal")
+        return
+    for kernel in ("fwd", "dkdv", "dq"):
+        for dim in (64, 128, 256):
+            for feature in FEATURES:
+                yield source(kernel, arch, half, dim, dim, feature)
+        for dim, dim_v in ((16, 16), (32, 32), (80, 80), (96, 96), (192, 128)):
+            yield source(kernel, arch, half, dim, dim_v, "causal")
+        for dim in (64, 128, 256):
+            yield source(kernel, arch, torch.float16, dim, dim, "causal")
+            yield source(kernel, arch, whole, dim, dim, "causal")
+            yield source(kernel, arch, whole, dim, dim, "everything")
+    for dim in (64, 128, 256):
+        yield source("dbias", arch, half, dim, dim, "bias")
+        yield source("dbias", arch, half, dim, dim, "everything")
+        yield source("dbias", arch, whole, dim, dim, "everything")
+        yield source("delta", arch, half, dim, dim, "window")
