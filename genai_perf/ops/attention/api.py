@@ -50,7 +50,7 @@ def attention(
         sinks: (nheads,), a score without a value that takes part in every softmax of its head, and
             in lse.
         return_lse: also return lse; its gradient is supported.
-        backend: "native" or "reference"; None takes the first that can run the call.
+        backend: "triton", "native" or "reference"; None takes the first that can run the call.
 
     Returns:
         out (batch, seqlen_q, nheads, headdim_v) in the dtype of q, and with return_lse also lse
