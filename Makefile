@@ -10,13 +10,17 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.dev-stamp
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test dev native check clean
+.PHONY: demo test aot dev native check clean
 
 demo: dev
 	$(VENV)/bin/genaiperf demo
 
 test: dev native
 	$(PY) -m pytest
+
+# Every shipped Triton configuration, compiled for four chips without a GPU.
+aot: dev
+	$(PY) -m genai_perf.testing.aot --out aot.json --jobs 2
 
 dev: $(STAMP)
 

@@ -1,4 +1,4 @@
-"""Compiling Triton kernels for a chip that is not here, and reading what the compiler made of them."""
+"""Compiling Triton kernels for chips that are not here, and reading what came of it."""
 
 import re
 import subprocess

@@ -27,7 +27,7 @@ def _minor(version: str) -> tuple[str, ...]:
 
 def lookup(folder: Path, device: str, triton_version: str, exact: Mapping[str, object],
            near: Mapping[str, float]) -> dict[str, int] | None:  # fmt: skip
-    """The launch keywords of the nearest measured entry, or None if nothing comparable was measured.
+    """The launch keywords of the nearest measured entry, or None if nothing comparable was.
 
     Args:
         folder: holds the tables, one file a device.

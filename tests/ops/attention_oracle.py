@@ -1,4 +1,4 @@
-"""Attention with every option, dense and differentiable by autograd, in whatever dtype it is given."""
+"""Attention with every option, dense, differentiable by autograd, in the dtype it is given."""
 
 from dataclasses import dataclass, replace
 

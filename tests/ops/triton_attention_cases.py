@@ -1,6 +1,6 @@
 """The Triton attention kernels against the float64 oracle; run by test_attention_triton.py.
 
-On a GPU if there is one, else in Triton's interpreter (TRITON_INTERPRET=1), whose tiles are 32 x 16.
+On a GPU if there is one, else in Triton's interpreter (TRITON_INTERPRET=1), in tiles of 32 x 16.
 """
 
 import attention_oracle as oracle
@@ -262,10 +262,11 @@ def test_layouts_agree_bitwise():
     call = make(40, 45, 4, 2, batch=2, right=0)
     dout, dlse = randn(2, 40, 4, 16), randn(2, 4, 40)
     want = run(call, dout, dlse)
-    heads_first = oracle.Call(*(x.transpose(1, 2).contiguous().transpose(1, 2)
-                                for x in (call.q, call.k, call.v)), call.scale, right=0)  # fmt: skip
-    last_strided = oracle.Call(*(x.transpose(1, 3).contiguous().transpose(1, 3)
-                                 for x in (call.q, call.k, call.v)), call.scale, right=0)  # fmt: skip
+    data = (call.q, call.k, call.v)
+    by_head = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in data)
+    last_strided = (x.transpose(1, 3).contiguous().transpose(1, 3) for x in data)
+    heads_first = oracle.Call(*by_head, call.scale, right=0)
+    last_strided = oracle.Call(*last_strided, call.scale, right=0)
     for other in (heads_first, last_strided):
         got = run(other, dout, dlse)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])

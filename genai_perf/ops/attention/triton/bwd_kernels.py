@@ -15,9 +15,9 @@ from .common import (
     base,
     exponential,
     heavy_first,
-    row_sums,
     masked_tile_start,
     masked_tiles,
+    row_sums,
     rows_tile,
     scores,
     sequence,
@@ -154,7 +154,7 @@ def _attention_bwd_dkdv_kernel(
                 bias_head, stride_bias_m, stride_bias_n, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V,
                 BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, BIAS, False,
                 PRECISION, NATURAL)  # fmt: skip
-        for index in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_M)):
+        for index in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_M), num_stages=1):
             first_m = masked_tile_start(index, lo, full_lo, full_hi, BLOCK_M)
             dk, dv = _dkdv_tile(
                 dk, dv, k, v, q_head, do_head, lse_head, delta_head, stride_qs, stride_dos,
@@ -174,7 +174,8 @@ def score_gradient(q, k, v, do, lse, delta, first_m, first_n, seqlen_q, seqlen_k
                    qk_scale, softcap, slope, bias_ptr, stride_bias_m, stride_bias_n,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
                    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-                   BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, NATURAL: tl.constexpr):  # fmt: skip
+                   BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+                   NATURAL: tl.constexpr):  # fmt: skip
     """(dS of one (BLOCK_M, BLOCK_N) tile, with respect to the scores after softcap; that slope)."""
     rows = (first_m + tl.arange(0, BLOCK_M))[:, None]
     cols = (first_n + tl.arange(0, BLOCK_N))[None, :]
@@ -260,7 +261,7 @@ def _attention_bwd_dq_kernel(
             seqlen_k, left, right, qk_scale, softcap, slope, bias_ptr, stride_bias_m,
             stride_bias_n, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, HAS_LEFT,
             HAS_RIGHT, SOFTCAP, ALIBI, BIAS, False, PRECISION, NATURAL)  # fmt: skip
-    for index in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_N)):
+    for index in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_N), num_stages=1):
         first_n = masked_tile_start(index, lo, full_lo, full_hi, BLOCK_N)
         dq = _dq_tile(
             dq, q, do, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, first_m, first_n, seqlen_q,

@@ -2,8 +2,9 @@
 
 Scores are in log2 units (softmax_scale * log2 e folded into one factor), so that exp2, the
 instruction that the hardware has, is the exponential; for float32 inputs they stay NATURAL, because
-folding rounds scores more coarsely than the float32 reference does. A window is a pair of distances: query i sees
-keys j with i + offset - left <= j <= i + offset + right, offset = seqlen_k - seqlen_q.
+folding rounds scores more coarsely than the float32 reference does. A window is a pair of
+distances: query i sees keys j with i + offset - left <= j <= i + offset + right, where offset is
+seqlen_k - seqlen_q.
 """
 
 import triton
@@ -25,7 +26,7 @@ COUNTS = (
 
 @triton.jit
 def sequence(cu_seqlens_ptr, batch, seqlen, VARLEN: tl.constexpr):
-    """(first row, length) of sequence `batch`; the first row is 0 where batches have a dimension."""
+    """(first row, length) of sequence `batch`; first row 0 where batches have a dimension."""
     if VARLEN:
         start = tl.load(cu_seqlens_ptr + batch)
         length = tl.load(cu_seqlens_ptr + batch + 1) - start
@@ -38,10 +39,7 @@ def sequence(cu_seqlens_ptr, batch, seqlen, VARLEN: tl.constexpr):
 @triton.jit
 def base(ptr, batch, head, start, stride_b, stride_h, stride_s, VARLEN: tl.constexpr):
     """Address of row `start` of one head, in 64-bit arithmetic."""
-    if VARLEN:
-        offset = tl.cast(start, tl.int64) * stride_s
-    else:
-        offset = tl.cast(batch, tl.int64) * stride_b
+    offset = tl.cast(start, tl.int64) * stride_s if VARLEN else tl.cast(batch, tl.int64) * stride_b
     return ptr + offset + tl.cast(head, tl.int64) * stride_h
 
 
@@ -128,11 +126,7 @@ def visible(rows, cols, seqlen_q, seqlen_k, left, right, HAS_LEFT: tl.constexpr,
 
 @triton.jit
 def exponential(x, NATURAL: tl.constexpr):
-    if NATURAL:
-        y = tl.exp(x)
-    else:
-        y = tl.exp2(x)
-    return y
+    return tl.exp(x) if NATURAL else tl.exp2(x)
 
 
 @triton.jit
@@ -158,9 +152,9 @@ def tanh(x, NATURAL: tl.constexpr):
 
 @triton.jit
 def scores(qk, first_m, first_n, rows, cols, seqlen_q, seqlen_k, qk_scale, softcap, slope, bias_ptr,
-           stride_bias_m, stride_bias_n, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
-           NATURAL: tl.constexpr):  # fmt: skip
-    """Scores from raw q k^T in the units of exp2, or exp if NATURAL, and the derivative of softcap (1.0 without it).
+           stride_bias_m, stride_bias_n, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+           BIAS: tl.constexpr, NATURAL: tl.constexpr):  # fmt: skip
+    """Scores in their units from raw q k^T, and the derivative of softcap (1.0 without it).
 
     qk_scale holds the unit, or with SOFTCAP softmax_scale / softcap alone; bias_ptr is that of the
     batch and head. rows and cols broadcast, so the tile may be either way round.
@@ -190,7 +184,7 @@ def scores(qk, first_m, first_n, rows, cols, seqlen_q, seqlen_k, qk_scale, softc
 
 @triton.jit
 def row_sums(lse_ptr, rows, seqlen_q, NATURAL: tl.constexpr):
-    """lse in the units of the scores; +inf, which makes every probability 0, for a row that sees no key."""
+    """lse in the units of the scores; +inf, so that probabilities are 0, where no key is seen."""
     lse = tl.load(lse_ptr + rows, mask=rows < seqlen_q, other=float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse * unit(NATURAL))
 

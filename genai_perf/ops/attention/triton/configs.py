@@ -19,31 +19,62 @@ KERNELS = ("fwd", "dkdv", "dq", "dbias")
 # Largest head dimension of a column, padded to a power of two.
 DIMS = (64, 128, 256)
 
-# BLOCK_M, BLOCK_N, num_warps, num_stages for bfloat16 and float16, one column of DIMS each.
+# BLOCK_M, BLOCK_N, num_warps, num_stages for bfloat16 and float16, one column of DIMS each: plain
+# (masks, windows and sinks), then with softcap, ALiBi or a bias, which need more registers.
 HALF = {
     "sm_80": {
-        "fwd": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 2)),
-        "dkdv": ((64, 64, 4, 2), (32, 128, 8, 2), (32, 64, 8, 1)),
-        "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
-        "dbias": ((64, 64, 4, 1), (64, 64, 4, 1), (32, 32, 4, 1)),
+        "fwd": (
+            ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+            ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+        ),
+        "dkdv": (
+            ((32, 32, 4, 2), (32, 64, 8, 1), (16, 64, 8, 1)),
+            ((32, 32, 4, 1), (32, 64, 8, 1), (16, 32, 8, 1)),
+        ),
+        "dq": (
+            ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+            ((64, 32, 8, 1), (64, 64, 8, 2), (64, 32, 8, 1)),
+        ),
+        "dbias": (((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),) * 2,
     },
     "sm_90": {
-        "fwd": ((128, 128, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
-        "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
-        "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
-        "dbias": ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1)),
+        "fwd": (
+            ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+            ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
+        ),
+        "dkdv": (
+            ((32, 128, 8, 2), (32, 128, 8, 1), (32, 64, 8, 1)),
+            ((32, 64, 8, 1), (32, 64, 8, 1), (16, 64, 8, 1)),
+        ),
+        "dq": (
+            ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+            ((128, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+        ),
+        "dbias": (((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1)),) * 2,
     },
     "sm_100": {
-        "fwd": ((128, 128, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2)),
-        "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
-        "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
-        "dbias": ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1)),
+        "fwd": (
+            ((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+            ((128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 1)),
+        ),
+        "dkdv": (
+            ((64, 128, 8, 2), (64, 128, 8, 1), (64, 64, 8, 1)),
+            ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
+        ),
+        "dq": (
+            ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
+            ((128, 32, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
+        ),
+        "dbias": (((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),) * 2,
     },
     "gfx942": {
-        "fwd": ((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
-        "dkdv": ((32, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
-        "dq": ((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
-        "dbias": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        "fwd": (
+            ((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
+            ((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),
+        ),
+        "dkdv": (((32, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),) * 2,
+        "dq": (((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),) * 2,
+        "dbias": (((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),) * 2,
     },
 }
 # float32: the exact products cost several instructions each, so tiles are small everywhere.
@@ -58,7 +89,7 @@ INTERPRETER = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 1}
 
 
 def family(arch: str) -> str:
-    """The row of HALF for an architecture; small-memory chips of a generation take none of theirs."""
+    """The row of HALF for an architecture; `small` for chips with 100 KiB of shared memory."""
     if arch.startswith("gfx"):
         return "gfx942"
     number = int(arch.removeprefix("sm_"))
@@ -80,7 +111,7 @@ def rule(kernel: str, arch: str, dtype: torch.dtype, headdim: int, headdim_v: in
     if dtype == torch.float32 or chip == "small":
         block_m, block_n, warps, stages = FLOAT[kernel][column]
     else:
-        block_m, block_n, warps, stages = HALF[chip][kernel][column]
+        block_m, block_n, warps, stages = HALF[chip][kernel][heavy][column]
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
@@ -97,18 +128,19 @@ def choose(kernel: str, problem: Problem) -> dict:
     each sequence gets the same bits alone and in a batch.
     """
     q = problem.q
+    heavy = bool(problem.softcap or problem.alibi_slopes is not None or problem.bias is not None)
     exact = {
         "kernel": kernel,
         "dtype": str(q.dtype).removeprefix("torch."),
         "block_d": block_dim(problem.headdim),
         "block_dv": block_dim(problem.headdim_v),
         "causal": problem.window_right is not None,
+        "heavy": heavy,
     }
     measured = None
     if kernel != "delta" and q.device.type == "cuda":
         device, version = toolchain.device_key(q.device), toolchain.version()
         near = {"seqlen": problem.seqlen_k}
         measured = tuning.lookup(TUNED, device, version, exact, near)
-    return measured or rule(
-        kernel, toolchain.arch(q.device), q.dtype, problem.headdim, problem.headdim_v
-    )
+    arch = toolchain.arch(q.device)
+    return measured or rule(kernel, arch, q.dtype, problem.headdim, problem.headdim_v, heavy)

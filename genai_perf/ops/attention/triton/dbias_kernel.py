@@ -32,6 +32,7 @@ def _attention_bwd_dbias_kernel(
     rest = rest // bias_blocks_m
     bias_h = rest % bias_heads
     bias_b = rest // bias_heads
+    zero = tl.full((), 0, tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, batches * heads * blocks_m * blocks_n):
         first_n = (bias_n + step % blocks_n) * BLOCK_N
@@ -47,7 +48,6 @@ def _attention_bwd_dbias_kernel(
         if HAS_RIGHT:
             last_seen = first_m + BLOCK_M - 1 + seqlen_k - seqlen_q + right
         if (first_n + BLOCK_N > first_seen) & (first_n <= last_seen):
-            zero = tl.full((), 0, tl.int32)
             head_k = head // group
             q_head = base(q_ptr, batch, head, zero, stride_qb, stride_qh, stride_qs, False)
             k_head = base(k_ptr, batch, head_k, zero, stride_kb, stride_kh, stride_ks, False)

@@ -29,7 +29,8 @@ def _forward_tile(acc, row_max, row_sum, q, k_ptr, v_ptr, stride_ks, stride_vs, 
                   HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                   HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
                   ALIBI: tl.constexpr, BIAS: tl.constexpr, SCALE_FIRST: tl.constexpr,
-                  MASKED: tl.constexpr, PRECISION: tl.constexpr, NATURAL: tl.constexpr):  # fmt: skip
+                  MASKED: tl.constexpr, PRECISION: tl.constexpr,
+                  NATURAL: tl.constexpr):  # fmt: skip
     """One step of the online softmax over keys [first_n, first_n + BLOCK_N)."""
     k = rows_tile(k_ptr, first_n, stride_ks, seqlen_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N), raw q k^T
@@ -116,7 +117,7 @@ def _attention_fwd_kernel(
             seqlen_q, seqlen_k, left, right, qk_scale, softcap, slope, bias_ptr, stride_bias_m,
             stride_bias_n, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, HAS_LEFT,
             HAS_RIGHT, SOFTCAP, ALIBI, BIAS, SCALE_FIRST, False, PRECISION, NATURAL)  # fmt: skip
-    for index in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_N)):
+    for index in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_N), num_stages=1):
         first_n = masked_tile_start(index, lo, full_lo, full_hi, BLOCK_N)
         acc, row_max, row_sum = _forward_tile(
             acc, row_max, row_sum, q, k_ptr, v_ptr, stride_ks, stride_vs, first_m, first_n,

@@ -51,7 +51,8 @@ def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         *problem.lse_strides(), *bias_strides, problem.slopes_stride(), problem.nheads,
         problem.group, streams, _together(problem, problem.group), problem.seqlen_q,
         problem.seqlen_k, *problem.window(), qk_scale, softcap, SINKS=problem.sinks is not None,
-        SCALE_FIRST=problem.scale_first(), PRECISION=configs.precision(q), **problem.features(), **config,
+        SCALE_FIRST=problem.scale_first(), PRECISION=configs.precision(q),
+        **problem.features(), **config,
     )  # fmt: skip
     return out, lse
 
@@ -77,8 +78,8 @@ def backward(problem: Problem, dout, dlse, out, lse, *, need_dbias: bool = True)
     if streams and problem.seqlen_k:
         config = configs.choose("dkdv", problem)
         toolchain.launch(
-            _attention_bwd_dkdv_kernel, _cdiv(problem.seqlen_k, config["BLOCK_N"]) * streams, q.device,
-            *inputs, dk, dv, *options, *input_strides, *strides(dk), *strides(dv), *tail,
+            _attention_bwd_dkdv_kernel, _cdiv(problem.seqlen_k, config["BLOCK_N"]) * streams,
+            q.device, *inputs, dk, dv, *options, *input_strides, *strides(dk), *strides(dv), *tail,
             problem.nheads_k, problem.group, streams, _together(problem, 1), *numbers,
             problem.softmax_scale, qk_scale, softcap, **shared, **config,
         )  # fmt: skip
@@ -86,8 +87,8 @@ def backward(problem: Problem, dout, dlse, out, lse, *, need_dbias: bool = True)
     if streams and problem.seqlen_q:
         config = configs.choose("dq", problem)
         toolchain.launch(
-            _attention_bwd_dq_kernel, _cdiv(problem.seqlen_q, config["BLOCK_M"]) * streams, q.device,
-            *inputs, dq, *options, *input_strides, *strides(dq), *tail, problem.nheads,
+            _attention_bwd_dq_kernel, _cdiv(problem.seqlen_q, config["BLOCK_M"]) * streams,
+            q.device, *inputs, dq, *options, *input_strides, *strides(dq), *tail, problem.nheads,
             problem.group, streams, _together(problem, problem.group), *numbers,
             problem.softmax_scale, qk_scale, softcap, **shared, **config,
         )  # fmt: skip

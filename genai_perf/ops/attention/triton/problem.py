@@ -1,4 +1,4 @@
-"""One attention call as the kernels take it: tensors, options, and the numbers derived from them."""
+"""One attention call as the kernels take it: tensors, options, and numbers derived from them."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The kernels as they ship: every row of the configuration rule, with the options that it serves."""
+"""The kernels as they ship: every row of the configuration rule, with the options it serves."""
 
 from collections.abc import Iterator
 

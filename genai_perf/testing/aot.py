@@ -1,0 +1,86 @@
+"""The ahead-of-time gate: every shipped Triton configuration, compiled with no GPU.
+
+    python -m genai_perf.testing.aot [--out aot.json] [--arch sm_90 ...] [--only TEXT] [--jobs N]
+
+A kernel that spills registers, passes the chip's shared memory or lacks its matrix instruction
+fails. What the compiler gives depends on Triton's version, which the report names.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+from .._backends import triton as toolchain
+from .._backends.triton_aot import CHIPS, Compiled, compile_for
+
+# Ops with Triton kernels: each has a module `sources(arch, subset=...)`.
+SHIPPED = ("genai_perf.ops.attention.triton.shipped",)
+
+
+def _names(arch: str, *, subset: bool) -> Iterator[tuple[str, str]]:
+    for module in SHIPPED:
+        for source in import_module(module).sources(arch, subset=subset):
+            yield module, source.name
+
+
+def _compile(job: tuple[str, str, str, bool]) -> Compiled:
+    """Found by name, because a jit function cannot go to another process."""
+    arch, module, name, subset = job
+    for source in import_module(module).sources(arch, subset=subset):
+        if source.name == name:
+            return compile_for(source, arch)
+    raise ValueError(f"aot: no source is named {name!r}")
+
+
+def gate(archs=tuple(CHIPS), *, subset: bool = False, only: str = "", jobs: int = 1):
+    """Compile what ships, yielding one `Compiled` each as it is done.
+
+    Args:
+        archs: of CHIPS.
+        subset: one source a kernel instead of all.
+        only: a text that the names must contain.
+        jobs: processes.
+    """
+    work = [
+        (arch, module, name, subset)
+        for arch in archs
+        for module, name in _names(arch, subset=subset)
+        if only in name
+    ]
+    if jobs == 1:
+        yield from map(_compile, work)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(_compile, work)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m genai_perf.testing.aot", description=__doc__)
+    parser.add_argument("--out", type=Path, help="write the report as JSON")
+    parser.add_argument("--arch", nargs="+", choices=tuple(CHIPS), default=tuple(CHIPS))
+    parser.add_argument("--only", default="", help="a text that the names must contain")
+    parser.add_argument("--subset", action="store_true", help="one source a kernel")
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args(argv)
+    done = []
+    found = gate(options.arch, subset=options.subset, only=options.only, jobs=options.jobs)
+    for result in found:
+        done.append(result)
+        verdict = "; ".join(result.problems) or "ok"
+        print(f"{result.arch:7} {result.name:45} {result.registers:4} registers "
+              f"{result.shared // 1024:4} KiB  {verdict}", flush=True)  # fmt: skip
+    failed = [result for result in done if result.problems]
+    if options.out:
+        report = {"triton": toolchain.version(), "compiled": [asdict(result) for result in done]}
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(done)} compiled, {len(failed)} failed, Triton {toolchain.version()}")
+    return 1 if failed or not done else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""A part of the ahead-of-time gate (`make aot` is the whole), and that the gate can fail."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from genai_perf._backends.triton_aot import CHIPS, compile_for
+from genai_perf.ops.attention.triton import shipped
+from genai_perf.testing.aot import gate
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+def test_the_forward_kernel_compiles(arch):
+    (result,) = gate((arch,), subset=True, only="fwd")
+    assert result.problems == []
+    assert result.registers > 0 and result.shared > 0 and result.instructions
+
+
+def test_a_spill_fails():
+    large = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+    source = shipped.source("fwd", "sm_80", torch.bfloat16, 128, 128, "causal", large)
+    result = compile_for(source, "sm_80")
+    assert result.spills > 0
+    assert any(problem.startswith("spills") for problem in result.problems)
+
+
+def test_too_much_shared_memory_or_a_missing_instruction_fails(monkeypatch):
+    source = shipped.source("fwd", "sm_80", torch.bfloat16, 64, 64, "causal")
+    small = replace(CHIPS["sm_80"], shared_limit=1024, matrix_instruction="wgmma")
+    monkeypatch.setitem(CHIPS, "sm_80", small)
+    problems = " ".join(compile_for(source, "sm_80").problems)
+    assert "shared memory" in problems and "has no wgmma instruction" in problems
