@@ -2,6 +2,7 @@
 // of common/dtype.h) and releases the interpreter lock while a kernel runs.
 #include "bindings/bindings.h"
 
+#include "common/memory.h"
 #include "cpu/isa.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -17,6 +18,9 @@ PYBIND11_MODULE(_C, m) {
         return;
       }
     throw py::value_error("isa: expected scalar, avx2 or avx512, got " + name);
+  });
+  m.def("prefer_huge_pages", [](std::uintptr_t data, int64_t bytes) {
+    gp::prefer_huge_pages(as_pointer<void>(data), bytes);
   });
   bind_attention(m);
   bind_quantize(m);

@@ -76,31 +76,37 @@ class BookSearch {
  public:
   explicit BookSearch(const float (&book)[16]) {
     constexpr int order[16] = {0, 7, 3, 11, 1, 5, 9, 13, 0, 2, 4, 6, 8, 10, 12, 14};
-    for (int i = 0; i < 16; ++i)
-      nodes_[i] = (book[order[i]] + book[order[i] + 1]) / 2.0f;
-    nodes_[0] = 0.0f;
+    alignas(64) float nodes[16];
+    for (int i = 0; i < 16; ++i) nodes[i] = (book[order[i]] + book[order[i] + 1]) / 2.0f;
+#if defined(__AVX512F__)
+    nodes_ = _mm512_load_ps(nodes);
+#elif defined(__AVX2__)
+    root_ = _mm256_set1_ps(nodes[1]);
+    top_ = _mm256_load_ps(nodes);
+    leaves_ = _mm256_load_ps(nodes + 8);
+#else
+    for (int i = 0; i < 16; ++i) nodes_[i] = nodes[i];
+#endif
   }
   vi operator()(vf x) const {
 #if defined(__AVX512F__)
-    const __m512 nodes = _mm512_load_ps(nodes_);
     const __m512i one = _mm512_set1_epi32(1);
     __m512i k = one;
     for (int step = 0; step < 4; ++step) {
-      const __mmask16 above = _mm512_cmp_ps_mask(x.v, _mm512_permutexvar_ps(k, nodes), _CMP_GT_OQ);
+      const __mmask16 above = _mm512_cmp_ps_mask(x.v, _mm512_permutexvar_ps(k, nodes_), _CMP_GT_OQ);
       k = _mm512_add_epi32(k, k);
       k = _mm512_mask_add_epi32(k, above, k, one);
     }
     return {_mm512_and_si512(k, _mm512_set1_epi32(15))};
 #elif defined(__AVX2__)
-    const __m256 top = _mm256_load_ps(nodes_), leaves = _mm256_load_ps(nodes_ + 8);
     const auto down = [&](__m256i k, __m256 bound) {
       const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x.v, bound, _CMP_GT_OQ));
       return _mm256_sub_epi32(_mm256_add_epi32(k, k), above);
     };
-    __m256i k = down(_mm256_set1_epi32(1), _mm256_set1_ps(nodes_[1]));
-    k = down(k, _mm256_permutevar8x32_ps(top, k));
-    k = down(k, _mm256_permutevar8x32_ps(top, k));
-    k = down(k, _mm256_permutevar8x32_ps(leaves, k));
+    __m256i k = down(_mm256_set1_epi32(1), root_);
+    k = down(k, _mm256_permutevar8x32_ps(top_, k));
+    k = down(k, _mm256_permutevar8x32_ps(top_, k));
+    k = down(k, _mm256_permutevar8x32_ps(leaves_, k));
     return {_mm256_and_si256(k, _mm256_set1_epi32(15))};
 #else
     int k = 1;
@@ -110,17 +116,22 @@ class BookSearch {
   }
 
  private:
-  alignas(64) float nodes_[16];
+#if defined(__AVX512F__)
+  __m512 nodes_;
+#elif defined(__AVX2__)
+  __m256 root_, top_, leaves_;
+#else
+  float nodes_[16];
+#endif
 };
 
-template <DType T>
+template <DType T, bool DIVIDE>
 struct BookCode {
   const void* x;
   int64_t first;
-  vf inverse;
-  bool divide;  // by `inverse`, which then is the scale itself
-  const BookSearch& search;
-  vi of(vf v) const { return search(divide ? v_div(v, inverse) : v_mul(v, inverse)); }
+  vf by;
+  BookSearch search;
+  vi of(vf v) const { return search(DIVIDE ? v_div(v, by) : v_mul(v, by)); }
   vi operator()(int64_t i) const { return of(load_vec<T>(x, first + i)); }
   vi part(int64_t i, int64_t n) const { return of(load_part<T>(x, first + i, n)); }
 };
@@ -144,10 +155,15 @@ int quantize_nf4(const void* x, DType dtype, int64_t n, int64_t block, uint8_t* 
         const float largest = bits_to_float(uint32_t(bits));
         const float floored = largest > kAbsmaxFloor ? largest : kAbsmaxFloor;
         // The last partial block as bitsandbytes' CPU path has it; see formats/nf4.py.
-        const bool partial = count < block;
-        absmax[b] = partial ? floored : largest;
-        const vf by = v_set(partial ? floored : 1.0f / floored);
-        pack_nibbles<true>(q + first / 2, count, 7, BookCode<T>{x, first, by, partial, search});
+        uint8_t* to = q + first / 2;
+        if (count < block) {
+          absmax[b] = floored;
+          pack_nibbles<true>(to, count, 7, BookCode<T, true>{x, first, v_set(floored), search});
+        } else {
+          absmax[b] = largest;
+          const vf inverse = v_set(1.0f / floored);
+          pack_nibbles<true>(to, count, 7, BookCode<T, false>{x, first, inverse, search});
+        }
       }
     });
   });

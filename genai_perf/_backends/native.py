@@ -17,6 +17,10 @@ DTYPE_CODES = {
 }
 
 
+# From here on the C library maps an allocation afresh, with every page to be faulted in again.
+HUGE_BYTES = 4 << 20
+
+
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
@@ -50,6 +54,14 @@ def why_not(*tensors: torch.Tensor | None) -> str | None:
 
 def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor to be written at once: a large one on huge pages, which fault 512 times less."""
+    out = torch.empty(shape, dtype=dtype)
+    if out.nbytes >= HUGE_BYTES:
+        lib().prefer_huge_pages(out.data_ptr(), out.nbytes)
+    return out
 
 
 def threads() -> int:

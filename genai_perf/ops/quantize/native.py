@@ -27,7 +27,7 @@ def why_not_dequantize(qdata, *rest) -> str | None:
 def quantize(x: torch.Tensor, format: str, *spec) -> list[torch.Tensor]:
     spec, x = Spec(*spec), x.contiguous()
     layout = formats.get(format).layout(x.shape, spec)
-    out = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+    out = {name: native.empty(shape, dtype) for name, (shape, dtype) in layout.items()}
     if x.numel() == 0:
         return list(formats.get(format).encode(x.float(), spec).values())
     status = _ENCODERS[format](x, spec, out)
@@ -40,7 +40,7 @@ def quantize(x: torch.Tensor, format: str, *spec) -> list[torch.Tensor]:
 
 def dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape,
                dtype) -> torch.Tensor:  # fmt: skip
-    out = torch.empty(shape, dtype=dtype)
+    out = native.empty(shape, dtype)
     tensors = (qdata, scale, zero_point, nested_scale, scale_offset)
     tensors = [None if t is None else t.contiguous() for t in tensors]
     # The kernels trust the sizes that they are given.
