@@ -72,11 +72,11 @@ void bind_quantize(py::module_& m) {
       Release());
   m.def(
       "quantize_dynamic",
-      [](Address x, int64_t n, int64_t block, Address bounds, Address start, Address q,
-         Address absmax, int threads) {
-        GP_KERNEL(quantize_dynamic)(as_pointer<float>(x), n, block, as_pointer<float>(bounds),
-                                    as_pointer<uint8_t>(start), as_pointer<uint8_t>(q),
-                                    as_pointer<float>(absmax), threads);
+      [](Address x, Address offset, int64_t n, int64_t block, Address bounds, Address start,
+         Address q, Address absmax, int threads) {
+        GP_KERNEL(quantize_dynamic)(as_pointer<float>(x), as_pointer<float>(offset), n, block,
+                                    as_pointer<float>(bounds), as_pointer<uint8_t>(start),
+                                    as_pointer<uint8_t>(q), as_pointer<float>(absmax), threads);
       },
       Release());
   m.attr("DYNAMIC_BINS") = gp::kDynamicBins;

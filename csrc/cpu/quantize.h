@@ -58,7 +58,8 @@ GP_DECLARE_KERNEL(void, dequantize_int4, const GroupArgs&, const uint8_t* q, con
 // for each bin of kBins below, the code of its smallest element (formats/dynamic_map.py makes both).
 // A bin is sign, exponent from -23 up and six bits of mantissa; none holds more than one bound.
 constexpr int kDynamicBins = 2 * 24 * 64;
-GP_DECLARE_KERNEL(void, quantize_dynamic, const float* x, int64_t n, int64_t block,
+// *offset is first taken from each element, in place.
+GP_DECLARE_KERNEL(void, quantize_dynamic, float* x, const float* offset, int64_t n, int64_t block,
                   const float* bounds, const uint8_t* start, uint8_t* q, float* absmax, int threads)
 
 }  // namespace gp

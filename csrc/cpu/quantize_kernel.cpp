@@ -252,6 +252,7 @@ namespace {
 constexpr float kTinyRow = 1.504632769e-36f, kLift = 18446744073709551616.0f;
 
 struct Int8Code {
+  static constexpr bool is_signed = true;
   vf lift, factor;
   explicit Int8Code(float absmax)
       : lift(v_set(absmax < kTinyRow ? kLift : 1.0f)),
@@ -262,10 +263,11 @@ struct Int8Code {
   vi operator()(vf v) const { return to_int(v_mul(v_mul(v, lift), factor)); }
 };
 
-// A float of EXP bias BIAS and MAN mantissa bits in a byte: rounds half to even, saturates at
-// +-limit(), keeps NaN (as NAN_CODE).
-template <int MAN, int BIAS, int LIMIT, int NAN_CODE>
+// A float of exponent bias BIAS and MAN mantissa bits in a byte: rounds half to even, saturates at
+// +-LIMIT, has NAN_CODE for NaN.
+template <int MAN, int BIAS, int LIMIT, int NAN_CODE, bool KEEP_NAN>
 struct Fp8Code {
+  static constexpr bool is_signed = false;
   vf scale_;
   explicit Fp8Code(float absmax) : scale_(v_set(scale(absmax))) {}
   static float scale(float absmax) {
@@ -276,24 +278,27 @@ struct Fp8Code {
     // The order of the operands lets NaN through min and max.
     const vf t = v_min(v_set(float(LIMIT)), v_max(v_set(-float(LIMIT)), v_div(v, scale_)));
     const vi u = as_int(t), mag = i_and(u, i_set(0x7fffffff));
-    const vi odd = i_and(i_srl<23 - MAN>(mag), i_set(1));
-    const vi up = i_add(mag, i_add(odd, i_set((1 << (22 - MAN)) - 1)));
-    const vi normal = i_sub(i_srl<23 - MAN>(up), i_set((127 - BIAS) << MAN));
-    // Below the smallest normal number, adding a float whose last bit is worth one code rounds.
-    const vi magic = i_set((127 + 24 - BIAS - MAN) << 23);
-    const vi subnormal = i_sub(as_int(v_add(as_float(mag), as_float(magic))), magic);
+    // Adding a float whose last bit is worth one code rounds, and leaves the code's last MAN + 1 bits,
+    // the implicit one among them; subnormals have the exponent of the smallest normal number.
     const vi least_normal = i_set((128 - BIAS) << 23);
-    vi code = i_select_gt(least_normal, mag, subnormal, normal);
-    code = i_select_gt(mag, i_set(kInfBits), i_set(NAN_CODE), code);
+    const vi exponent = i_max(i_and(u, i_set(kInfBits)), least_normal);
+    const vi magic = i_add(exponent, i_set((23 - MAN) << 23));
+    const vi steps = i_sub(as_int(v_add(as_float(mag), as_float(magic))), magic);
+    vi code = i_add(steps, i_srl<23 - MAN>(i_sub(exponent, least_normal)));
+    if (KEEP_NAN) code = i_select_gt(mag, i_set(kInfBits), i_set(NAN_CODE), code);
     return i_or(code, i_and(i_srl<24>(u), i_set(0x80)));
   }
 };
-using E4m3fn = Fp8Code<3, 7, 448, 0x7f>;
-using E5m2 = Fp8Code<2, 15, 57344, 0x7f>;
+template <bool KEEP_NAN> using E4m3fn = Fp8Code<3, 7, 448, 0x7f, KEEP_NAN>;
+template <bool KEEP_NAN> using E5m2 = Fp8Code<2, 15, 57344, 0x7f, KEEP_NAN>;
 
 template <DType T, class Code>
 void encode_row(const void* x, int64_t first, int64_t n, const Code& code, uint8_t* q) {
   int64_t j = 0;
+  for (; j + 4 * VL <= n; j += 4 * VL) {
+    const auto at = [&](int64_t i) { return code(load_vec<T>(x, first + j + i * VL)); };
+    i_store_bytes<Code::is_signed>(q + first + j, at(0), at(1), at(2), at(3));
+  }
   for (; j + VL <= n; j += VL) i_store_bytes(q + first + j, code(load_vec<T>(x, first + j)));
   if (j < n) {
     uint8_t part[VL];
@@ -357,6 +362,13 @@ void quantize_tiles(const ScaledArgs& a, const void* x, uint8_t* q, float* scale
   });
 }
 
+template <DType T, template <bool> class Code>
+void quantize_fp8(const ScaledArgs& a, const void* x, uint8_t* q, float* scale, bool allow,
+                  Found* found) {
+  if (allow) quantize_tiles<T, Code<true>>(a, x, q, scale, true, found);
+  else quantize_tiles<T, Code<false>>(a, x, q, scale, false, found);
+}
+
 }  // namespace
 
 int quantize_scaled(const ScaledArgs& a, const void* x, DType dtype, uint8_t* q, float* scale,
@@ -365,9 +377,9 @@ int quantize_scaled(const ScaledArgs& a, const void* x, DType dtype, uint8_t* q,
   with_dtype(dtype, [&](auto typed) {
     constexpr DType T = decltype(typed)::value;
     switch (a.code) {
-      case Code8::s8: return quantize_tiles<T, Int8Code>(a, x, q, scale, allow_nonfinite, &found);
-      case Code8::e4m3fn: return quantize_tiles<T, E4m3fn>(a, x, q, scale, allow_nonfinite, &found);
-      case Code8::e5m2: return quantize_tiles<T, E5m2>(a, x, q, scale, allow_nonfinite, &found);
+      case Code8::s8: return quantize_tiles<T, Int8Code>(a, x, q, scale, false, &found);
+      case Code8::e4m3fn: return quantize_fp8<T, E4m3fn>(a, x, q, scale, allow_nonfinite, &found);
+      case Code8::e5m2: return quantize_fp8<T, E5m2>(a, x, q, scale, allow_nonfinite, &found);
     }
   });
   return found.get();
@@ -375,12 +387,13 @@ int quantize_scaled(const ScaledArgs& a, const void* x, DType dtype, uint8_t* q,
 
 // --- dynamic map ---------------------------------------------------------------------------------
 
-void quantize_dynamic(const float* x, int64_t n, int64_t block, const float* bounds,
-                      const uint8_t* start, uint8_t* q, float* absmax, int threads) {
+void quantize_dynamic(float* x, const float* offset, int64_t n, int64_t block,
+                      const float* bounds, const uint8_t* start, uint8_t* q, float* absmax, int threads) {
   const int64_t blocks = ceil_div(n, block), per_item = most(1, kChunk / block);
   parallel_for(ceil_div(blocks, per_item), threads, [&](int64_t item, int) {
     for (int64_t b = item * per_item; b < least(blocks, (item + 1) * per_item); ++b) {
       const int64_t first = b * block, last = least(n, first + block);
+      for (int64_t i = first; i < last; ++i) x[i] -= *offset;
       const int32_t bits = absmax_bits<DType::f32>(x, first, last - first, false);
       absmax[b] = bits_to_float(uint32_t(bits));
       const float inverse = 1.0f / (absmax[b] > kAbsmaxFloor ? absmax[b] : kAbsmaxFloor);

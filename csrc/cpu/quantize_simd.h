@@ -95,6 +95,22 @@ static inline void i_store_bytes(uint8_t* p, vi a) { *p = uint8_t(a.v); }
 
 #endif
 
+// Low bytes of four vectors, one after the other; SIGNED says whether they hold -128..127 or 0..255.
+template <bool SIGNED>
+static inline void i_store_bytes(uint8_t* p, vi a, vi b, vi c, vi d) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i ab = _mm256_packs_epi32(a.v, b.v), cd = _mm256_packs_epi32(c.v, d.v);
+  const __m256i bytes = SIGNED ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, order));
+#else
+  i_store_bytes(p, a);
+  i_store_bytes(p + VL, b);
+  i_store_bytes(p + 2 * VL, c);
+  i_store_bytes(p + 3 * VL, d);
+#endif
+}
+
 // VL elements of dtype T from element i on; the first n of them, the rest 0.
 template <DType T>
 static inline vf load_vec(const void* p, int64_t i) {

@@ -96,7 +96,7 @@ def mean(absmax: torch.Tensor) -> torch.Tensor:
     if not absmax.numel():
         return absmax.new_zeros(())
     offset = absmax.mean()
-    return torch.where(torch.isinf(offset), absmax.double().mean().float(), offset)
+    return offset if torch.isfinite(offset) else absmax.double().mean().float()
 
 
 def block_scales(qt: QuantizedTensor) -> torch.Tensor:

@@ -78,10 +78,10 @@ def _quantize_nf4(x: torch.Tensor, spec: Spec, out: dict) -> int:
     if spec.double_quant and not status:
         # torch's own mean, in the order of summation that the reference has.
         out["scale_offset"] = nf4.mean(absmax)
-        absmax = absmax - out["scale_offset"]
-        lib().quantize_dynamic(pointer(absmax), blocks, nf4.NESTED_BLOCK, pointer(dynamic_bounds()),
-                               pointer(bin_starts()), pointer(out["scale"]),
-                               pointer(out["nested_scale"]), threads())  # fmt: skip
+        lib().quantize_dynamic(pointer(absmax), pointer(out["scale_offset"]), blocks,
+                               nf4.NESTED_BLOCK, pointer(dynamic_bounds()), pointer(bin_starts()),
+                               pointer(out["scale"]), pointer(out["nested_scale"]),
+                               threads())  # fmt: skip
     return status
 
 
