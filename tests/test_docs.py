@@ -1,4 +1,4 @@
-"""What the documents say is true: snippets run, generated tables are current, the version agrees."""
+"""What the documents say is true: snippets run, tables are current, the version agrees."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ def test_readme_snippets_run_in_order(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "attention: native" in done.stdout
+    assert "attention_fwd: native" in done.stdout
     assert (tmp_path / "tiny-int4" / "report.json").exists()
 
 

@@ -296,6 +296,18 @@ def test_public_call_and_autograd():
     assert all(torch.equal(g, want[2][n]) for g, n in zip(grads, "qkv", strict=True))
 
 
+def test_public_bias_and_its_gradient():
+    call = make(9, 13)
+    results = []
+    for backend in ("triton", "reference"):
+        q, k, v = (x.to(DEVICE).requires_grad_() for x in (call.q, call.k, call.v))
+        bias = torch.linspace(-1, 1, 9 * 13, device=DEVICE).view(1, 1, 9, 13).requires_grad_()
+        out = gp.attention(q, k, v, attn_bias=bias, backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_head_dimension_limit_is_said():
     call = make(2, 2, dim=300)
     with pytest.raises(gp.BackendUnsupported, match="head dimensions up to 256, got 300"):
