@@ -21,7 +21,7 @@ def run_cases(interpret: bool) -> None:
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     environment = os.environ | threads | {"TRITON_INTERPRET": "1" if interpret else "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(CASES)],
+        [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--tb=short", str(CASES)],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
