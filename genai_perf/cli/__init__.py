@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import compress, demo, doctor
+from . import checkpoint, compress, demo, doctor
 
 app = typer.Typer(
     name="genaiperf",
@@ -15,6 +15,8 @@ app = typer.Typer(
 )
 app.command("demo")(demo.command)
 app.command("compress")(compress.command)
+app.command("convert")(checkpoint.convert)
+app.command("validate")(checkpoint.validate)
 app.command("doctor")(doctor.command)
 
 

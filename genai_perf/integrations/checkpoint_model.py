@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._errors import CheckpointError
+from .._errors import CalibrationError, CheckpointError
 from ..io.checkpoints import Checkpoint, check_finite
 from . import skeleton
 
@@ -158,7 +158,12 @@ class CheckpointModel:
 
         Args:
             batches: input ids, int64 (batch, seqlen) each, without padding.
+
+        Raises:
+            CalibrationError: a token that the model has no embedding for.
         """
+        for batch in batches:
+            self._check_tokens(batch)
         outside = self._outside(head=False)
         self._load(outside)
         returns_tuple = self._returns_tuple(batches[0])
@@ -195,6 +200,7 @@ class CheckpointModel:
             batch: the input ids that `hidden` came from, (batch, seqlen).
             hidden: output of the last block, (batch, seqlen, hidden).
         """
+        self._check_tokens(batch)
         outside = self._outside(head=True)
         self._load(outside)
         returns_tuple = self._returns_tuple(batch)
@@ -202,6 +208,13 @@ class CheckpointModel:
             logits = self.model(input_ids=batch.to(self.device), use_cache=False).logits
         self._free(outside)
         return logits
+
+    def _check_tokens(self, batch: torch.Tensor) -> None:
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        low, high = (int(batch.min()), int(batch.max())) if batch.numel() else (0, 0)
+        if low < 0 or high >= rows:
+            raise CalibrationError(f"token ids must be in 0..{rows - 1}, got {low} to {high}: "
+                                   f"the tokenizer is not that of the model")  # fmt: skip
 
     def _outside(self, head: bool) -> list[str]:
         """Names of the stored tensors outside the blocks; without `head`, not the output matrix,

@@ -34,7 +34,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> nn.Module
     architecture = (checkpoint.config.get("architectures") or [None])[0]
     model_type = checkpoint.config.get("model_type")
     known = isinstance(architecture, str) and architecture in dir(transformers)
-    if not known or model_type not in CONFIG_MAPPING:
+    if not known or not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         what = f"architecture {architecture!r}" if not known else f"model type {model_type!r}"
         raise CheckpointError(f"{file}: {what} is not in transformers {transformers.__version__}, "
                               f"and code that a checkpoint carries is never run")  # fmt: skip

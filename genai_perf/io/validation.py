@@ -66,14 +66,17 @@ def validate(path: str | Path, target: str, *, tp: int = 1) -> Validation:
     checkpoint = Checkpoint(path)
     result = Validation(target, tp)
     try:
-        layers = {name: stored.read(checkpoint, model_dtype(checkpoint))
-                  for name, stored in quantized_layers(checkpoint).items()}  # fmt: skip
+        found = quantized_layers(checkpoint)
+        dtype = model_dtype(checkpoint)
+        layers = {name: stored.read(checkpoint, dtype) for name, stored in found.items()}
     except CheckpointError as error:
         result.errors.append(str(error))
         return result
     result.layers = len(layers)
     if layers:
-        check = _Check(checkpoint, layers, tp)
+        taken = {key for stored in found.values() for key in stored.keys}
+        dense = dense_linears(checkpoint, [n for n in checkpoint.names() if n not in taken])
+        check = _Check(checkpoint, layers, dense, tp)
         dialect = {compressed_tensors.METHOD: "ct", gptq.METHOD: "gptq",
                    bitsandbytes.METHOD: "bnb"}[checkpoint.quantization["quant_method"]]  # fmt: skip
         for rule in (f"common_{dialect}", target, f"{target}_{dialect}"):
@@ -98,12 +101,11 @@ def _grouped(found: Found) -> dict[tuple[bool, str], list]:
 class _Check:
     """The rules, one method for each dialect and target."""
 
-    def __init__(self, checkpoint: Checkpoint, layers: dict[str, QuantizedTensor], tp: int):
-        self.checkpoint, self.layers, self.tp = checkpoint, layers, tp
+    def __init__(self, checkpoint: Checkpoint, layers: dict[str, QuantizedTensor],
+                 dense: list[str], tp: int):  # fmt: skip
+        self.checkpoint, self.layers, self.dense, self.tp = checkpoint, layers, dense, tp
         self.config = checkpoint.quantization
         self.file = checkpoint.path / CONFIG
-        taken = {key for stored in quantized_layers(checkpoint).values() for key in stored.keys}
-        self.dense = dense_linears(checkpoint, [n for n in checkpoint.names() if n not in taken])
 
     # --- what every reader of the dialect needs ------------------------------------------------
 

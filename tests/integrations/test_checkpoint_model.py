@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 
-from genai_perf import CheckpointError
+from genai_perf import CalibrationError, CheckpointError
 from genai_perf.integrations.transformers import CheckpointModel
 from genai_perf.io import Checkpoint, ShardWriter
 
@@ -40,8 +40,10 @@ def run(model: CheckpointModel, ids):
     return states
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family, dtype", [
+    *((family, torch.float32) for family in FAMILIES),
+    ("llama", torch.bfloat16), ("gemma2", torch.bfloat16), ("gpt2", torch.float16),
+])  # fmt: skip
 def test_block_by_block_is_the_full_model(saved, family, dtype):
     path = saved(family, dtype)
     model, full = CheckpointModel(path), reference(path)
@@ -215,6 +217,14 @@ def test_nan_is_named_when_its_block_is_loaded(llama):
         model.load_block(1)
     with pytest.raises(CheckpointError, match=r"'model.norm.weight' holds inf at \[5\]"):
         list(model.other_tensors())
+
+
+@pytest.mark.parametrize("token", [-1, 96, 1000])
+def test_a_token_that_the_model_does_not_have(llama, token):
+    ids = batches((2, 5))
+    ids[0][1, 3] = token
+    with pytest.raises(CalibrationError, match=f"0..95, got .*{token}.*tokenizer"):
+        CheckpointModel(llama).block_inputs(ids)
 
 
 def test_no_tokenizer_is_none_and_a_broken_one_is_named(llama):

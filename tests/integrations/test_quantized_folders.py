@@ -25,15 +25,16 @@ def logits(model):
         return model(IDS).logits.float()
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("case", COMPRESSED)
+@pytest.mark.parametrize("case, family", [*((c, "llama") for c in COMPRESSED), ("mixed", "opt")])
 def test_transformers_computes_with_our_values(saved, tmp_path, case, family):
     layers = write(case, saved(family), tmp_path / "dst")
     assert torch.equal(logits(load(tmp_path / "dst")), logits(dense_twin(saved(family), layers)))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("dtype, case", [
+    (torch.bfloat16, "int4"), (torch.float16, "int4"), (torch.bfloat16, "int8"),
+    (torch.float16, "fp8"),
+])  # fmt: skip
 def test_half_precision_models(saved, tmp_path, case, dtype):
     """int4 scales are stored in the model's dtype and the values are exact; transformers rounds
     the fp32 scales of int8 and fp8 to the model's dtype when it loads them."""
@@ -46,8 +47,7 @@ def test_half_precision_models(saved, tmp_path, case, dtype):
         assert (ours - theirs).abs().max() <= 4 * torch.finfo(dtype).eps * ours.abs().max()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("case", NF4)
+@pytest.mark.parametrize("case, family", [(NF4[0], "llama"), (NF4[1], "gpt2")])
 def test_bitsandbytes_holds_our_values(saved, tmp_path, case, family):
     layers = write(case, saved(family), tmp_path / "dst")
     model = load(tmp_path / "dst")

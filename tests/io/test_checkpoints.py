@@ -180,7 +180,9 @@ def test_missing_tensor_is_named(folder):
         Checkpoint(folder).tensor("nothing")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_check_finite_names_tensor_and_place(dtype):
     weight = torch.ones(4, 6)
     check_finite("a.weight", weight.to(dtype))
@@ -192,6 +194,13 @@ def test_check_finite_names_tensor_and_place(dtype):
 def test_check_finite_edges():
     check_finite("big", torch.full((64,), 3e38))  # the sum overflows, the values do not
     check_finite("codes", torch.zeros(3, dtype=torch.int8))
+    codes = torch.arange(256, dtype=torch.uint8)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):
+        values = codes.view(dtype)
+        check_finite("all numbers", values[torch.isfinite(values.float())])
+        for code in values[~torch.isfinite(values.float())]:
+            with pytest.raises(CheckpointError, match="'w' holds"):
+                check_finite("w", code[None])
     check_finite("empty", torch.empty(0))
     with pytest.raises(CheckpointError, match="inf"):
         check_finite("w", torch.tensor([float("inf"), float("-inf")]))
