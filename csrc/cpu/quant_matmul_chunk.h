@@ -75,24 +75,6 @@ struct Nf4Codec {
   }
 };
 
-// Codes less their zero point are at most 9 bits: the upper two bytes of their floats are all of
-// them. high[z + u] and low[z + u] are those of code u less zero point 255 - z.
-struct CodePlanes {
-  uint8_t high[16 + 255], low[16 + 255];
-  constexpr CodePlanes() : high(), low() {
-    for (int i = 0; i < 16 + 255; ++i) {
-      const int value = i - 255, magnitude = value < 0 ? -value : value;
-      int exponent = 0;
-      while (magnitude >> (exponent + 1)) ++exponent;
-      const int bits = magnitude == 0 ? 0
-          : (value < 0 ? 0x8000 : 0) | (exponent + 127) << 7 | ((magnitude << 7 >> exponent) & 0x7f);
-      high[i] = uint8_t(bits >> 8);
-      low[i] = uint8_t(bits);
-    }
-  }
-};
-constexpr CodePlanes CODE_PLANES;
-
 template <bool HasZero, bool OneGroup>
 struct Int4Codec {
   static int element(int j, int i) {
@@ -101,15 +83,11 @@ struct Int4Codec {
   }
   GP_INLINE void decode(const uint8_t* p, const Zeros& zeros, const Lanes& lanes, int64_t e,
                         vf* w) const {
-    const int at = 255 - (HasZero ? zeros.codes[lanes.group(e)] : 8);
-    const __m256i high = _mm256_broadcastsi128_si256(
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(CODE_PLANES.high + at)));
-    const __m256i low = _mm256_broadcastsi128_si256(
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(CODE_PLANES.low + at)));
+    const Int4Run run(HasZero ? zeros.codes[lanes.group(e)] : 8);
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     const __m256i mask = _mm256_set1_epi8(15);
-    lookup(low, high, _mm256_and_si256(v, mask), w);
-    lookup(low, high, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask), w + 4);
+    lookup(run.low, run.high, _mm256_and_si256(v, mask), w);
+    lookup(run.low, run.high, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask), w + 4);
   }
 
  private:
@@ -156,27 +134,23 @@ struct Int4Codec<HasZero, false> {
 #else
 
 #if defined(__AVX512F__)
-using Table = __m512;
 using Chunk = __m512i;
-static inline Table load_table(const float* t) { return _mm512_loadu_ps(t); }
 static inline Chunk load_chunk(const uint8_t* p) { return _mm512_loadu_si512(p); }
 template <int J>
-GP_INLINE inline vf look(Table table, Chunk v) {
+GP_INLINE inline vf look(Lut table, Chunk v) {
   // vpermps looks at the low four bits of each lane alone.
   return {_mm512_permutexvar_ps(J ? _mm512_srli_epi32(v, 4 * J) : v, table)};
 }
 #else
-using Table = const float*;
 using Chunk = uint32_t;
-static inline Table load_table(const float* t) { return t; }
 static inline Chunk load_chunk(const uint8_t* p) {
   return uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24;
 }
 template <int J>
-GP_INLINE inline vf look(Table table, Chunk v) { return {table[v >> 4 * J & 15]}; }
+GP_INLINE inline vf look(Lut table, Chunk v) { return {table[v >> 4 * J & 15]}; }
 #endif
 
-GP_INLINE inline void look_all(Table table, Chunk v, vf* w) {
+GP_INLINE inline void look_all(Lut table, Chunk v, vf* w) {
   w[0] = look<0>(table, v);
   w[1] = look<1>(table, v);
   w[2] = look<2>(table, v);
@@ -188,18 +162,16 @@ GP_INLINE inline void look_all(Table table, Chunk v, vf* w) {
 }
 
 struct Nf4Codec {
-  Table table = load_table(NF4);
+  Lut table = make_lut(NF4);
   static int element(int j, int i) { return 8 * i + (j ^ 1); }
   GP_INLINE void decode(const uint8_t* p, const Zeros&, const Lanes&, int64_t, vf* w) const {
     look_all(table, load_chunk(p), w);
   }
 };
 
-constexpr float SIGNED_CODES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-
 template <bool HasZero, bool OneGroup>
 struct Int4Codec {
-  Table table = load_table(HasZero ? UNSIGNED_CODES : SIGNED_CODES);
+  Lut table = make_lut(HasZero ? UNSIGNED_CODES : SIGNED_CODES);
   static int element(int j, int i) { return 8 * i + j; }
   GP_INLINE void decode(const uint8_t* p, const Zeros& zeros, const Lanes& lanes, int64_t e,
                         vf* w) const {

@@ -22,15 +22,15 @@ GP_INLINE inline void load_pair(const uint8_t* p, vf& a, vf& b) {
 #if defined(__AVX512F__)
   if (F == QuantFormat::fp8) {
     const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16(int16_t(0xbf80)));
+    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16(E4M3_BITS));
     a = {_mm512_cvtph_ps(_mm512_castsi512_si256(half))};
     b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1))};
     return;
   }
 #elif defined(__AVX2__)
-  if (F == QuantFormat::fp8) {  // an fp16 with the bits of an e4m3fn is 2^-8 of it
+  if (F == QuantFormat::fp8) {
     const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16(int16_t(0xbf80)));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16(E4M3_BITS));
     a = {_mm256_cvtph_ps(_mm256_castsi256_si128(half))};
     b = {_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
     return;
@@ -48,7 +48,7 @@ GP_INLINE inline void load_pair(const uint8_t* p, vf& a, vf& b) {
 
 #if defined(__AVX2__)
 template <QuantFormat F>
-constexpr float lift() { return F == QuantFormat::fp8 ? 256.0f : 1.0f; }
+constexpr float lift() { return F == QuantFormat::fp8 ? E4M3_LIFT : 1.0f; }
 
 // Whether a NaN of e4m3fn was among the codes seen: the largest magnitude.
 struct Nans {
@@ -131,14 +131,6 @@ bool dot_rows(const uint8_t* w, int64_t k, int64_t k0, int64_t k1, const float* 
   return nans.any();
 }
 
-template <QuantFormat F, int R>
-bool dot_rows(int64_t m, const uint8_t* w, int64_t k, int64_t k0, int64_t k1, const float* x,
-              int64_t x_stride, BlockScales block_scales, float* sums, int64_t sums_stride) {
-  auto* f = m == 1 ? &dot_rows<F, R, 1> : m == 2 ? &dot_rows<F, R, 2>
-          : m == 3 ? &dot_rows<F, R, 3> : &dot_rows<F, R, 4>;
-  return f(w, k, k0, k1, x, x_stride, block_scales, sums, sums_stride);
-}
-
 // `count` (at most MAX_W_ROWS) rows of W against at most MAX_ROWS of x.
 template <QuantFormat F>
 bool dot(int64_t count, int64_t m, const uint8_t* w, int64_t k, int64_t k0, int64_t k1,
@@ -148,13 +140,15 @@ bool dot(int64_t count, int64_t m, const uint8_t* w, int64_t k, int64_t k0, int6
   int64_t r = 0;
   const auto rows = [&](auto* f, int64_t step) {
     for (; r + step <= count; r += step)
-      nan |= f(m, w + r * k, k, k0, k1, x, x_stride, block_scales, sums + r * sums_stride,
-               sums_stride);
+      nan |= f(w + r * k, k, k0, k1, x, x_stride, block_scales, sums + r * sums_stride, sums_stride);
   };
-  if (m == 1) rows(&dot_rows<F, 8>, 8);
-  if (m <= 2) rows(&dot_rows<F, 4>, 4);
-  rows(&dot_rows<F, 2>, 2);
-  rows(&dot_rows<F, 1>, 1);
+  if (m == 1) rows(&dot_rows<F, 8, 1>, 8);
+  if (m == 1) rows(&dot_rows<F, 4, 1>, 4);
+  if (m == 2) rows(&dot_rows<F, 4, 2>, 4);
+  if (m == 3) rows(&dot_rows<F, 2, 3>, 2);
+  if (m >= 4) rows(&dot_rows<F, 2, 4>, 2);
+  rows(m == 1 ? &dot_rows<F, 1, 1> : m == 2 ? &dot_rows<F, 1, 2>
+     : m == 3 ? &dot_rows<F, 1, 3> : &dot_rows<F, 1, 4>, 1);
   return nan;
 }
 
@@ -170,8 +164,8 @@ bool run(const QuantMatmulArgs& a) {
   const int64_t n = w.n, k = w.k, m = a.m;
   const int64_t padded = (k + PAIR - 1) / PAIR * PAIR, blocks = (k + 127) / 128;
   const bool by_block = w.group_size == 128;
-  // Waking the other threads costs some 5 us, in which one converts some 64 k weights.
-  const int threads = n * k < 65536 ? 1 : a.threads;
+  // One thread converts so many in 15 us; waking another takes as long.
+  const int threads = n * k < (1 << 18) ? 1 : a.threads;
   // Rows of one item: some 64 KiB, and never across a row of 128x128 blocks.
   int64_t rows = MAX_W_ROWS;
   while (rows < 128 && rows * k < 65536 && rows * 2 * threads < n) rows *= 2;

@@ -26,16 +26,19 @@ template <int R>
 void tile_product(int64_t rows, const float* dy, int64_t dy_stride, const float* w, float* c,
                   bool add) {
   vf acc[R][KV];
+  GP_UNROLL
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < KV; ++v) acc[i][v] = v_zero();
   for (int64_t r = 0; r < rows; ++r) {
     vf wv[KV];
     for (int v = 0; v < KV; ++v) wv[v] = v_load(w + r * PANEL + v * VL);
+    GP_UNROLL
     for (int i = 0; i < R; ++i) {
       const vf b = v_set(dy[i * dy_stride + r]);
       for (int v = 0; v < KV; ++v) acc[i][v] = v_fma(b, wv[v], acc[i][v]);
     }
   }
+  GP_UNROLL
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < KV; ++v) {
       float* p = c + i * PANEL + v * VL;
@@ -74,6 +77,7 @@ bool quant_matmul_backward(const QuantMatmulArgs& a) {
       for (int64_t n0 = 0; n0 < n; n0 += NB) {
         const int64_t nn = n - n0 < NB ? n - n0 : NB;
         for (int64_t r = 0; r < nn; ++r) {
+          decoder.prefetch_row(n0 + r + 16, k0, kk);
           decoder.row(n0 + r, k0, kk, tile + r * PANEL);
           std::memset(tile + r * PANEL + kk, 0, size_t(PANEL - kk) * 4);
         }

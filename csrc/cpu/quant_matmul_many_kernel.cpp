@@ -21,8 +21,8 @@ constexpr int NR = 6, MV = 2;
 constexpr int NR = 4, MV = 4;
 #endif
 constexpr int MB = MV * VL;       // rows of x in a register tile
-constexpr int PANEL = 48;         // rows of W in a decoded tile, a multiple of NR
-constexpr int64_t KB = 256;       // columns of W in a decoded tile
+constexpr int PANEL = 24;         // rows of W in a decoded tile, a multiple of NR
+constexpr int64_t KB = 128;       // columns of W in a decoded tile
 constexpr int64_t RUN = 64;       // columns summed in registers
 constexpr int64_t M_CHUNK = 512;  // rows of x that share one decoding
 
@@ -30,16 +30,19 @@ constexpr int64_t M_CHUNK = 512;  // rows of x that share one decoding
 template <int V>
 void tile_product(int64_t kc, const float* w, const float* x, float* c, int64_t c_stride, bool add) {
   vf acc[NR][V];
+  GP_UNROLL
   for (int r = 0; r < NR; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = v_zero();
   for (int64_t k = 0; k < kc; ++k) {
     vf xv[V];
     for (int v = 0; v < V; ++v) xv[v] = v_load(x + k * MB + v * VL);
+    GP_UNROLL
     for (int r = 0; r < NR; ++r) {
       const vf b = v_set(w[r * KB + k]);
       for (int v = 0; v < V; ++v) acc[r][v] = v_fma(b, xv[v], acc[r][v]);
     }
   }
+  GP_UNROLL
   for (int r = 0; r < NR; ++r)
     for (int v = 0; v < V; ++v) {
       float* p = c + r * c_stride + v * VL;
@@ -87,7 +90,10 @@ bool quant_matmul_many(const QuantMatmulArgs& a) {
       const int64_t nn = n - n0 < PANEL ? n - n0 : PANEL;
       for (int64_t k0 = 0; k0 < k; k0 += KB) {
         const int64_t kc = k - k0 < KB ? k - k0 : KB;
-        for (int64_t r = 0; r < nn; ++r) decoder.row(n0 + r, k0, kc, tile + r * KB);
+        for (int64_t r = 0; r < nn; ++r) {
+          decoder.prefetch_row(n0 + r, k0 + kc, KB);
+          decoder.row(n0 + r, k0, kc, tile + r * KB);
+        }
         for (int64_t r = nn; r % NR != 0; ++r) std::memset(tile + r * KB, 0, size_t(kc) * 4);
         for (int64_t t = 0; t < used; ++t) {
           const float* x = xp + t * MB * k + k0 * MB;

@@ -282,7 +282,7 @@ def test_explain_names_native():
         (lambda x, q, b: (x[:, :171], q, b), r"x must be \(\.\.\., 172\).*got shape \(5, 171\)"),
         (lambda x, q, b: (x.double(), q, b), r"x must be one of .*got torch.float64"),
         (lambda x, q, b: (x, q, b[:42]), r"bias must be of shape \(43,\), got shape \(42,\)"),
-        (lambda x, q, b: (x, q, b[None]), r"bias must be \(43,\) \(1 dimensions\)"),
+        (lambda x, q, b: (x, q, b[None]), r"bias must be of shape \(43,\), got shape \(1, 43\)"),
         (lambda x, q, b: (x.to("meta"), q, b), r"qweight must be of the device of x \(meta\)"),
         (
             lambda x, q, b: (x, replace(q, shape=torch.Size((43, 2, 86))), b),

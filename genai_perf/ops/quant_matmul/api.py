@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._checks import check_choice, check_dtype, check_ndim, check_same, check_tensor, fail
+from ..._checks import check_choice, check_dtype, check_same, check_tensor, fail
 from ..._dispatch import Op
 from ...formats import FORMATS, QuantizedTensor
 
@@ -59,6 +59,33 @@ def _backward(ctx, dy):
 QUANT_MATMUL.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _check(x, qweight, bias) -> None:
+    op = "quant_matmul"
+    if not isinstance(qweight, QuantizedTensor):
+        raise TypeError(f"{op}: qweight must be a QuantizedTensor, got {type(qweight).__name__}")
+    check_tensor(op, x=x)
+    if x.dtype not in FLOATS:
+        check_dtype(op, FLOATS, x=x)
+    if qweight.format not in FORMATS:
+        check_choice(op, "qweight.format", qweight.format, tuple(FORMATS))
+    if len(qweight.shape) != 2:
+        fail(op, "qweight", "of shape (N, K)", f"shape {tuple(qweight.shape)}")
+    n, k = qweight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        fail(op, "x", f"(..., {k}) for a weight of shape {(n, k)}", f"shape {tuple(x.shape)}")
+    if x.device != qweight.qdata.device:
+        check_same(op, "device", x=x, qweight=qweight)
+    if bias is None:
+        return
+    check_tensor(op, bias=bias)
+    if bias.dtype not in FLOATS:
+        check_dtype(op, FLOATS, bias=bias)
+    if bias.dim() != 1 or bias.shape[0] != n:
+        fail(op, "bias", f"of shape ({n},)", f"shape {tuple(bias.shape)}")
+    if bias.device != x.device:
+        check_same(op, "device", x=x, bias=bias)
+
+
 def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor | None = None,
                  *, backend: str | None = None) -> torch.Tensor:  # fmt: skip
     """x @ dequant(W)^T + bias without ever holding the dequantized W.
@@ -82,27 +109,9 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
 
     Source: QLoRA, arXiv:2305.14314, section 3 (a product over stored 4-bit weights).
     """
-    op = "quant_matmul"
-    if not isinstance(qweight, QuantizedTensor):
-        raise TypeError(f"{op}: qweight must be a QuantizedTensor, got {type(qweight).__name__}")
-    check_tensor(op, x=x)
-    check_dtype(op, FLOATS, x=x)
-    check_choice(op, "qweight.format", qweight.format, tuple(FORMATS))
-    if len(qweight.shape) != 2:
-        fail(op, "qweight", "of shape (N, K)", f"shape {tuple(qweight.shape)}")
-    n, k = qweight.shape
-    if x.dim() == 0 or x.shape[-1] != k:
-        fail(op, "x", f"(..., {k}) for a weight of shape {(n, k)}", f"shape {tuple(x.shape)}")
-    check_same(op, "device", x=x, qweight=qweight)
-    if bias is not None:
-        check_tensor(op, bias=bias)
-        check_dtype(op, FLOATS, bias=bias)
-        check_ndim(op, 1, f"({n},)", bias=bias)
-        if bias.shape[0] != n:
-            fail(op, "bias", f"of shape ({n},)", f"shape {tuple(bias.shape)}")
-        check_same(op, "device", x=x, bias=bias)
+    _check(x, qweight, bias)
     # fp8 codes pass as bytes: torch cannot compare fp8 tensors, which opcheck does.
     codes = qweight.qdata.view(torch.uint8) if qweight.qdata.is_floating_point() else qweight.qdata
     return QUANT_MATMUL(x, codes, qweight.scale, qweight.zero_point, qweight.nested_scale,
-                        qweight.scale_offset, bias, qweight.format, qweight.group_size, n,
+                        qweight.scale_offset, bias, qweight.format, qweight.group_size, qweight.shape[0],
                         backend=backend)  # fmt: skip

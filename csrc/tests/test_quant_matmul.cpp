@@ -1,0 +1,199 @@
+// quant_matmul in every instruction set, format and layout against a double product, with an
+// unmapped page right before and right after each buffer.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "common/codebooks.h"
+#include "cpu/quant_matmul.h"
+
+using namespace gp;
+
+namespace {
+
+int failures = 0;
+uint32_t state = 1;
+
+uint32_t random_bits() {
+  state = state * 1664525u + 1013904223u;
+  return state >> 8;
+}
+float random_float() { return float(random_bits() & 0xffff) / 32768.0f - 1.0f; }
+
+// `bytes` bytes that end at an unmapped page, or begin after one.
+class Guarded {
+ public:
+  Guarded(size_t bytes, bool at_end) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE)), inner = (bytes / page + 1) * page;
+    length_ = inner + 2 * page;
+    base_ = static_cast<char*>(
+        mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(base_, page, PROT_NONE);
+    mprotect(base_ + page + inner, page, PROT_NONE);
+    data_ = base_ + page + (at_end ? inner - bytes : 0);
+  }
+  ~Guarded() { munmap(base_, length_); }
+  Guarded(const Guarded&) = delete;
+  template <class T>
+  T* as() { return reinterpret_cast<T*>(data_); }
+
+ private:
+  char *base_, *data_;
+  size_t length_;
+};
+
+struct Layout {
+  const char* name;
+  QuantFormat format;
+  int64_t group;
+  bool extra;  // zero points, or double quantization
+};
+const Layout LAYOUTS[] = {
+    {"int8", QuantFormat::int8, -1, false},       {"fp8 row", QuantFormat::fp8, -1, false},
+    {"fp8 tensor", QuantFormat::fp8, 0, false},   {"fp8 block", QuantFormat::fp8, 128, false},
+    {"e5m2", QuantFormat::fp8_e5m2, -1, false},   {"nf4", QuantFormat::nf4, 64, false},
+    {"nf4 double", QuantFormat::nf4, 64, true},   {"nf4 g32", QuantFormat::nf4, 32, false},
+    {"nf4 g256", QuantFormat::nf4, 256, true},    {"int4", QuantFormat::int4, 128, false},
+    {"int4 zeros", QuantFormat::int4, 128, true}, {"int4 g32", QuantFormat::int4, 32, true},
+    {"int4 g24", QuantFormat::int4, 24, true},    {"int4 row", QuantFormat::int4, -1, false},
+};
+
+double fp8_value(uint8_t b, bool e5m2) {
+  const int mantissa_bits = e5m2 ? 2 : 3, bias = e5m2 ? 15 : 7;
+  const int exponent = (b & 0x7f) >> mantissa_bits, mantissa = b & ((1 << mantissa_bits) - 1);
+  const double m = double(mantissa) / (1 << mantissa_bits);
+  const double value = exponent ? std::ldexp(1.0 + m, exponent - bias) : std::ldexp(m, 1 - bias);
+  return b & 0x80 ? -value : value;
+}
+
+struct Case {
+  Layout layout;
+  int64_t m, n, k;
+  bool at_end;
+};
+
+void run(const Case& c, const char* isa) {
+  const int64_t n = c.n, k = c.k, m = c.m, g = c.layout.group;
+  const bool nf4 = c.layout.format == QuantFormat::nf4, int4 = c.layout.format == QuantFormat::int4;
+  const int64_t codes = nf4 ? (n * k + 1) / 2 : int4 ? n * ((k + 1) / 2) : n * k;
+  const int64_t row_groups = g > 0 ? (k + g - 1) / g : 1;
+  const int64_t scales = nf4 ? (n * k + g - 1) / g
+      : int4 || g == -1 ? n * row_groups : g == 0 ? 1 : (n + 127) / 128 * row_groups;
+  const int64_t nested = (scales + 255) / 256;
+  Guarded qdata(codes, c.at_end), scale(scales * 4, c.at_end), extra(scales, c.at_end);
+  Guarded nested_scale(nested * 4, c.at_end), map(256 * 4, c.at_end), shift(4, c.at_end);
+  Guarded x(m * k * 4, c.at_end), y(m * n * 4, c.at_end), bias(n * 4, c.at_end);
+  Guarded dy(m * n * 4, c.at_end), dx(m * k * 4, c.at_end);
+  for (int64_t i = 0; i < codes; ++i) {
+    uint8_t b = uint8_t(random_bits());
+    // No NaN or infinity: their handling is tested from Python.
+    if (c.layout.format == QuantFormat::fp8 && (b & 0x7f) == 0x7f) b ^= 1;
+    if (c.layout.format == QuantFormat::fp8_e5m2 && (b & 0x7f) >= 0x7c) b &= 0x83;
+    qdata.as<uint8_t>()[i] = b;
+  }
+  for (int64_t i = 0; i < scales; ++i) scale.as<float>()[i] = 0.01f + std::fabs(random_float());
+  for (int64_t i = 0; i < scales; ++i) extra.as<uint8_t>()[i] = uint8_t(random_bits());
+  if (int4) for (int64_t i = 0; i < scales; ++i) extra.as<uint8_t>()[i] &= 15;
+  for (int64_t i = 0; i < nested; ++i) nested_scale.as<float>()[i] = random_float();
+  for (int64_t i = 0; i < 256; ++i) map.as<float>()[i] = random_float();
+  *shift.as<float>() = 1.5f;
+  for (int64_t i = 0; i < m * k; ++i) x.as<float>()[i] = random_float();
+  for (int64_t i = 0; i < m * n; ++i) dy.as<float>()[i] = random_float();
+  for (int64_t i = 0; i < n; ++i) bias.as<float>()[i] = random_float();
+
+  std::vector<double> w(size_t(n * k));
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t i = 0; i < k; ++i) {
+      const uint8_t* q = qdata.as<uint8_t>();
+      const float* s = scale.as<float>();
+      double& out = w[size_t(r * k + i)];
+      if (nf4) {
+        const int64_t e = r * k + i, block = e / g;
+        const uint8_t b = q[e / 2];
+        const float absmax = !c.layout.extra ? s[block]
+            : map.as<float>()[extra.as<uint8_t>()[block]] * nested_scale.as<float>()[block / 256] +
+                  *shift.as<float>();
+        out = double(NF4[e % 2 ? b & 15 : b >> 4]) * absmax;
+      } else if (int4) {
+        const int64_t group = r * row_groups + (g > 0 ? i / g : 0);
+        const uint8_t b = q[r * ((k + 1) / 2) + i / 2];
+        const int zero = c.layout.extra ? extra.as<uint8_t>()[group] : 8;
+        out = double((i % 2 ? b >> 4 : b & 15) - zero) * s[group];
+      } else {
+        const uint8_t b = q[r * k + i];
+        const double value = c.layout.format == QuantFormat::int8
+            ? double(int8_t(b)) : fp8_value(b, c.layout.format == QuantFormat::fp8_e5m2);
+        out = value * s[g == 128 ? r / 128 * row_groups + i / 128 : g == 0 ? 0 : r];
+      }
+    }
+
+  QuantMatmulArgs a{};
+  a.w = {c.layout.format, n, k, qdata.as<uint8_t>(), scale.as<float>(), DType::f32, nullptr,
+         nullptr, map.as<float>(), shift.as<float>(), g};
+  if (int4 && c.layout.extra) a.w.zero_point = extra.as<uint8_t>();
+  if (nf4 && c.layout.extra) {
+    a.w.scale = extra.as<uint8_t>();
+    a.w.nested_scale = nested_scale.as<float>();
+  }
+  a.m = m;
+  a.x = x.as<float>();
+  a.y = y.as<float>();
+  a.bias = bias.as<float>();
+  a.threads = 3;
+  bool ok = GP_KERNEL(quant_matmul_forward)(a);
+  a.x = dy.as<float>();
+  a.y = dx.as<float>();
+  a.bias = nullptr;
+  ok = ok && GP_KERNEL(quant_matmul_backward)(a);
+
+  double worst = 0, worst_dx = 0;  // in parts of the sum of magnitudes
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t r = 0; r < n; ++r) {
+      double sum = bias.as<float>()[r], size = std::fabs(sum) + 1e-30;
+      for (int64_t e = 0; e < k; ++e) {
+        const double term = double(x.as<float>()[i * k + e]) * w[size_t(r * k + e)];
+        sum += term;
+        size += std::fabs(term);
+      }
+      worst = std::fmax(worst, std::fabs(y.as<float>()[i * n + r] - sum) / size);
+    }
+    for (int64_t e = 0; e < k; ++e) {
+      double sum = 0, size = 1e-30;
+      for (int64_t r = 0; r < n; ++r) {
+        const double term = double(dy.as<float>()[i * n + r]) * w[size_t(r * k + e)];
+        sum += term;
+        size += std::fabs(term);
+      }
+      worst_dx = std::fmax(worst_dx, std::fabs(dx.as<float>()[i * k + e] - sum) / size);
+    }
+  }
+  // A few roundings each, and the longest run of additions is 64.
+  if (!ok || !(worst < 5e-7) || !(worst_dx < 5e-7)) {
+    std::printf("FAILED: %s %s m %ld n %ld k %ld: error %.2e, dx %.2e\n", isa, c.layout.name,
+                long(m), long(n), long(k), worst, worst_dx);
+    ++failures;
+  }
+}
+
+}  // namespace
+
+int main() {
+  const int64_t shapes[][2] = {{1, 1}, {3, 33}, {7, 64}, {43, 172}, {130, 300}, {5, 640}};
+  int runs = 0;
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+    if (!force_isa(isa)) continue;
+    for (const Layout& layout : LAYOUTS)
+      for (const auto& shape : shapes)
+        for (int64_t m : {1, 2, 3, 4, 7, 9, 21})
+          for (bool at_end : {true, false}) {
+            run({layout, m, shape[0], shape[1], at_end}, isa_name(isa));
+            ++runs;
+          }
+  }
+  std::printf("%d runs, %s\n", runs, failures ? "FAILED" : "ok");
+  return failures != 0;
+}
