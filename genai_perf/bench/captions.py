@@ -31,7 +31,7 @@ def captions(amounts: dict, parameters: int) -> dict[str, str]:
         f"{amounts['eval_windows']} windows of {window} tokens: {amounts['evaluation_source']}"
     )
     return {
-        "bytes_on_disk": "Weights on disk are all *.safetensors files of the folder. Embeddings "
+        "bytes_on_disk": "Weights on disk are the *.safetensors files that hold them. Embeddings "
         "and norms stay in the checkpoint's type, and pruned weights are stored as zeros, so a "
         "sparse variant is as large as the original.",
         "peak_rss": "Peak memory is the most that stayed resident in a process of its own that "
@@ -56,8 +56,8 @@ def captions(amounts: dict, parameters: int) -> dict[str, str]:
 
 def busy_warning(host: Machine) -> str | None:
     """A warning where others were at work on the machine when the measurement began."""
-    if host.load_average < 0.75 * host.cores_usable:
+    if host.cores_busy < 0.5:
         return None
-    return (f"This machine was busy: load average {host.load_average:g} on {host.cores_usable} "
-            "cores when the run began. The speeds are less certain than on a quiet one; their "
-            "intervals say how much.")  # fmt: skip
+    return (f"This machine was busy with other work: {host.cores_busy:.1f} of its "
+            f"{host.cores_usable} cores when the run began. The speeds are less certain than on a "
+            "quiet one; their intervals say how much.")  # fmt: skip

@@ -31,7 +31,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Hardware and its state when the measurement began; sizes in bytes."""
+    """Hardware and its state when the measurement began; sizes in bytes.
+
+    cores_busy: how many cores all processes together kept busy in the half second before, while
+        this one slept. The load average also remembers what ended a minute ago.
+    """
 
     cpu: str
     cpu_flags: list[str]
@@ -43,6 +47,7 @@ class Machine:
     memory_bytes: int
     memory_available_bytes: int
     load_average: float
+    cores_busy: float
     system: str
     gpus: list[Gpu]
     nvcc: str | None
@@ -73,6 +78,7 @@ def machine() -> Machine:
         memory_bytes=memory.total,
         memory_available_bytes=memory.available,
         load_average=round(psutil.getloadavg()[0], 2),
+        cores_busy=round(psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1), 2),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         gpus=_gpus(),
         nvcc=_nvcc(),

@@ -47,10 +47,14 @@ _REPORT = {
     "seconds": _NUMBER,
     "commit": (str, type(None)),
     "versions": dict,
-    "machine": {"cpu": str, "cpu_flags": list, "cores_usable": int, "torch_threads": int,
-                "memory_bytes": int},
+    "machine": {"cpu": str, "cpu_flags": list, "isa": (str, type(None)), "cores_usable": int,
+                "torch_threads": int, "memory_bytes": int, "system": str, "load_average": _NUMBER,
+                "cores_busy": _NUMBER},
     "model": {"name": str, "parameters": int, "architecture": str},
-    "settings": dict,
+    # Captions: what each number means.
+    "settings": {"busy": (str, type(None)), "bytes_on_disk": str, "peak_rss": str,
+                 "perplexity": str, "speed": str, "layer": str, "calibration": str,
+                 "evaluation": str},
     "variants": [_VARIANT],
     "layer": {"in_features": int, "out_features": int, "rows": [_LAYER_ROW]},
 }  # fmt: skip

@@ -7,7 +7,7 @@ fresh process each, and one realistic layer per format.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,12 +15,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ..io.checkpoints import Checkpoint
 from . import schema
 from .captions import busy_warning, captions
 from .evaluate import Quality, perplexity, windows
 from .generation import decode_call, prefill_call
 from .layer import time_layer
-from .machine import commit, machine, versions
+from .machine import Machine, commit, machine, versions
 from .memory import FreshProcesses, Usage
 from .timer import Samples, compare, interleave
 
@@ -45,6 +46,8 @@ class Settings:
     eval_windows, calibration_windows: how many, spread over the text.
     decode_steps: tokens a decode sample generates.
     rounds, layer_rounds: samples of each variant.
+    threads: of torch and the kernels; None: those of torch less the cores that other work keeps
+        busy, because a thread that waits for its core makes all others wait.
     budget_seconds: for each of prefill, decode and the layer; large models get fewer rounds.
     """
 
@@ -55,6 +58,7 @@ class Settings:
     rounds: int = 30
     layer_rounds: int = 30
     layer_features: int = 4096
+    threads: int | None = None
     budget_seconds: float = 40.0
 
     @classmethod
@@ -98,9 +102,20 @@ def measure(
     Raises:
         CheckpointError, CalibrationError, ValueError: bad input, in one sentence.
     """
-    started, begun = datetime.now(UTC), time.perf_counter()
     settings, progress = settings or Settings(), progress or (lambda stage, done, total: None)
-    host = machine()
+    host, before = machine(), torch.get_num_threads()
+    quiet = max(1, before - round(host.cores_busy))
+    torch.set_num_threads(settings.threads or quiet)
+    try:
+        return _measure(source, work, calibration, evaluation, recipes, settings, progress,
+                        replace(host, torch_threads=torch.get_num_threads()))  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(source: Path, work: Path, calibration: Text, evaluation: Text, recipes: Sequence[str],
+             settings: Settings, progress: Progress, host: Machine) -> dict:  # fmt: skip
+    started, begun = datetime.now(UTC), time.perf_counter()
     info, window, known, tokens = _prepare(source, calibration, evaluation, settings)
     paths, compressed = _compress(source, work, recipes, known, progress)
     together = _all_fit(paths)
@@ -128,6 +143,9 @@ def measure(
         "layer_features": settings.layer_features,
         "layer_rounds": settings.layer_rounds,
     }
+    tokens_a_call = {"prefill": window, "decode": settings.decode_steps}
+    variants = [_variant(name, path, quality[name], seconds, tokens_a_call, memory[name],
+                         compressed.get(name)) for name, path in paths.items()]  # fmt: skip
     report = {
         "schema_version": schema.VERSION,
         "kind": "demo",
@@ -138,19 +156,7 @@ def measure(
         "machine": host.to_dict(),
         "model": info,
         "settings": {"busy": busy_warning(host)} | amounts | captions(amounts, info["parameters"]),
-        "variants": [
-            _variant(
-                name,
-                path,
-                quality[name],
-                seconds,
-                memory[name],
-                compressed.get(name),
-                window,
-                settings,
-            )
-            for name, path in paths.items()
-        ],  # fmt: skip
+        "variants": variants,
         "layer": layer,
     }
     schema.validate(report)
@@ -158,8 +164,9 @@ def measure(
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files of a checkpoint folder: all *.safetensors."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of the *.safetensors files that hold a checkpoint's weights."""
+    checkpoint = Checkpoint(folder)
+    return sum(p.stat().st_size for p in {checkpoint.info(n).file for n in checkpoint.names()})
 
 
 def _prepare(source: Path, calibration: Text, evaluation: Text, settings: Settings
@@ -306,8 +313,8 @@ def _memory(paths: dict[str, Path], window: Tensor, settings: Settings, progress
     return found
 
 
-def _variant(name: str, path: Path, quality: Quality, timed: Timed, memory: Usage,
-             made: dict | None, window: int, settings: Settings) -> dict:  # fmt: skip
+def _variant(name: str, path: Path, quality: Quality, timed: Timed, tokens_a_call: dict[str, int],
+             memory: Usage, made: dict | None) -> dict:  # fmt: skip
     entry = {
         "name": name,
         "bytes_on_disk": weight_bytes(path),
@@ -320,7 +327,7 @@ def _variant(name: str, path: Path, quality: Quality, timed: Timed, memory: Usag
         "recipe": made["recipe"] if made else None,
         "notes": made["notes"] if made else [],
     }
-    for phase, tokens in (("prefill", window), ("decode", settings.decode_steps)):
+    for phase, tokens in tokens_a_call.items():
         dense, own = timed[phase][name]
         pair = compare(dense, own)
         entry |= {

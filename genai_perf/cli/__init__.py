@@ -1,5 +1,7 @@
 """The command `genaiperf`. Commands import torch only when they run, so that --help is quick."""
 
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -21,6 +23,8 @@ app.command("doctor")(doctor.command)
 
 
 def main() -> None:
+    # A polite kill ends like an exception, so that working folders are removed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app()
 
 

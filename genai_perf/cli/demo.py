@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -37,6 +38,9 @@ def command(
         Path | None,
         typer.Option(help="Text for perplexity, .txt or .jsonl; else held-out modules of it."),
     ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads; else one for each core that is free.")
+    ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the compressed checkpoints, in OUT/models.")
     ] = False,
@@ -44,7 +48,7 @@ def command(
     """Compress a model several ways and compare each with the original, side by side."""
     with user_errors():
         need("demo", "transformers", "jinja2")
-        report = _run(model, out, quick, calibration, evaluation, keep)
+        report = _run(model, out, quick, calibration, evaluation, threads, keep)
         _show(report, Console())
         typer.echo(f"\n{out / 'report.json'}\n{out / 'report.html'}")
         if keep:
@@ -52,7 +56,7 @@ def command(
 
 
 def _run(model: Path | None, out: Path, quick: bool, calibration: Path | None,
-         evaluation: Path | None, keep: bool) -> dict:  # fmt: skip
+         evaluation: Path | None, threads: int | None, keep: bool) -> dict:  # fmt: skip
     """Measure, then write both files; until then an earlier report stays as it is."""
     from ..bench import report_html, schema
     from ..bench.side_by_side import Settings, measure
@@ -66,7 +70,7 @@ def _run(model: Path | None, out: Path, quick: bool, calibration: Path | None,
             work,
             calibration=known,
             evaluation=measured,
-            settings=Settings.quick() if quick else Settings(),
+            settings=replace(Settings.quick() if quick else Settings(), threads=threads),
             progress=stages.update,
         )
         page = report_html.render(report)

@@ -79,6 +79,7 @@ def sample_report() -> dict:
             "memory_bytes": 16 << 30,
             "system": "Linux 6.1 x86_64",
             "load_average": 0.4,
+            "cores_busy": 0.0,
         },
         "model": {
             "name": "tiny_python_lm",

@@ -5,14 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from genai_perf.bench import schema, side_by_side
+from genai_perf.bench.captions import busy_warning
 from genai_perf.bench.evaluate import perplexity
 from genai_perf.bench.generation import decode_call, memory_probe, prefill_call
+from genai_perf.bench.machine import machine
 from genai_perf.bench.side_by_side import RECIPES, Settings, Text, measure
 from genai_perf.cli import app
 from genai_perf.cli.texts import demo_texts
@@ -117,6 +120,27 @@ def test_measure_says_what_it_did_and_how_far_it_is(tiny_checkpoint, tmp_path):
     assert report["settings"]["window"] == 32
 
 
+@pytest.mark.parametrize(("asked", "busy", "used"), [(None, 0.2, 3), (None, 1.6, 1), (None, 9.0, 1),
+                                                     (2, 9.0, 2)])  # fmt: skip
+def test_busy_cores_are_left_alone(asked, busy, used, tmp_path, monkeypatch):
+    host = replace(machine(), cores_busy=busy)
+    monkeypatch.setattr(side_by_side, "machine", lambda: host)
+    monkeypatch.setattr(
+        side_by_side, "_measure", lambda *parts: (parts[-1], torch.get_num_threads())
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        text = Text(("x",), "x")
+        recorded, threads = measure(tmp_path, tmp_path, calibration=text, evaluation=text,
+                                    settings=replace(SMALL, threads=asked))  # fmt: skip
+        assert recorded.torch_threads == threads == used
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert (busy_warning(recorded) is None) == (busy < 0.5)
+
+
 def test_variants_that_do_not_fit_together_take_turns_with_dense(tiny_checkpoint, monkeypatch):
     loaded = []
     load = side_by_side._load
@@ -194,15 +218,16 @@ def test_an_earlier_report_survives_a_failure(tiny_checkpoint, tmp_path):
     assert (tmp_path / "report.json").read_text() == "earlier"
 
 
-def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_or_kill_leaves_nothing(number, code, tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "genai_perf", "demo", "--model", tiny_checkpoint, "--out", out]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not any(out.rglob("*.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.05)  # until the first variant is written
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "interrupted" in err and "Traceback" not in err
+    assert process.returncode == code, err
+    assert "Traceback" not in err
     assert not out.exists()
