@@ -184,13 +184,25 @@ def relative_error(
     """|| (before - after) X ||^2 / || before X ||^2 over the inputs X that a Hessian sums up; with
     no Hessian, || before - after ||^2 / || before ||^2."""
     dtype = torch.float32 if hessian is None else hessian.dtype
-
-    def energy(rows: torch.Tensor) -> float:
-        parts = rows.split(1024)  # the product is as large as its rows
-        products = (((p if hessian is None else p @ hessian) * p) for p in parts)
-        return sum(float(p.sum(dtype=torch.float64)) for p in products)
-
+    energy = _norm if hessian is None else lambda rows: _energy(rows, hessian)
     with full_precision():
         total = energy(before.to(dtype))
         lost = energy(before.to(dtype) - after.to(dtype))
     return lost / total if total > 0 else 0.0
+
+
+def _norm(rows: torch.Tensor) -> float:
+    return float(rows.square().sum(dtype=torch.float64))
+
+
+def _energy(rows: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Sum over rows of r H r^T: with H symmetric, its blocks below the diagonal count twice and
+    those above are never multiplied."""
+    total, panel = 0.0, 512
+    for start in range(0, rows.shape[1], panel):
+        stop = min(start + panel, rows.shape[1])
+        part = rows[:, start:stop]
+        product = part @ hessian[start:stop, start:stop]
+        product.addmm_(rows[:, stop:], hessian[stop:, start:stop], alpha=2)
+        total += float(product.mul_(part).sum(dtype=torch.float64))
+    return total
