@@ -102,6 +102,16 @@ def test_relative_error_of_outputs():
     assert relative_error(weight * 0, weight * 0, hessian.matrix()) == 0
 
 
+@pytest.mark.parametrize("columns", [1, 512, 513, 1300])
+def test_relative_error_over_any_number_of_panels(columns):
+    weight, hessian = layer(rows=5, columns=max(4, columns))
+    weight, hessian = weight[:, :columns], hessian[:columns, :columns]
+    after = weight + 0.1 * torch.randn(weight.shape)
+    want = (weight - after).double(), weight.double()
+    lost, total = (((d @ hessian.double()) * d).sum() for d in want)
+    assert relative_error(weight, after, hessian) == pytest.approx(float(lost / total), rel=1e-4)
+
+
 @pytest.mark.parametrize("sparsity", [0, 0.3, 0.5, 0.99])
 def test_magnitude_prunes_the_smallest_of_the_layer(sparsity):
     weight, hessian = layer(rows=9, columns=75)
