@@ -163,20 +163,24 @@ def test_sinks_against_transformers():
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_gradcheck_of_the_reference():
-    for name in ("odd", "blind_rows", "window_both", "everything", "bias", "bias_of_keys", "mask"):
-        small = dataclasses.replace(BY_NAME[name], seqlen_q=4, seqlen_k=3, headdim=3, batch=1,
-                                    nheads=2, nheads_k=1, window_size=(1, None))  # fmt: skip
-        call, wanted = leaves(cases.make_inputs(small), torch.float64)
+GRADCHECK = ("odd", "blind_rows", "everything", "bias", "bias_of_keys", "mask", "packed_rules")
 
-        def f(*tensors, call=call, wanted=wanted):
-            out, lse = gp.attention(
-                **call | dict(zip(wanted, tensors, strict=True)), return_lse=True
-            )
-            return out, lse[torch.isfinite(lse)]
 
-        assert torch.autograd.gradcheck(f, tuple(wanted.values()))
-        assert torch.autograd.gradgradcheck(f, tuple(wanted.values()))
+@pytest.mark.parametrize("name", GRADCHECK)
+def test_gradcheck_of_the_reference(name):
+    case = BY_NAME[name]
+    small = dataclasses.replace(
+        case, seqlen_q=4, seqlen_k=3, headdim=3, batch=1, nheads=2, nheads_k=1,
+        window_size=(1, None), lengths=((3, 2), (0, 2), (1, 1)) if case.lengths else (),
+    )  # fmt: skip
+    call, wanted = leaves(cases.make_inputs(small), torch.float64)
+
+    def f(*tensors, call=call, wanted=wanted):
+        out, lse = gp.attention(**call | dict(zip(wanted, tensors, strict=True)), return_lse=True)
+        return out, lse[torch.isfinite(lse)]
+
+    assert torch.autograd.gradcheck(f, tuple(wanted.values()))
+    assert torch.autograd.gradgradcheck(f, tuple(wanted.values()))
 
 
 def test_second_derivative_of_the_native_backend():
@@ -330,10 +334,53 @@ def test_memory_is_linear(threads):
     assert grown < 64 * 1024  # KiB
 
 
+def test_packed_sequences_are_the_dense_ones(isa):
+    inputs = cases.make_inputs(BY_NAME["packed_rules"])
+    want = run(inputs, backend="native")
+    cu_q, cu_k = (inputs[f"cu_seqlens_{x}"].tolist() for x in "qk")
+    dsinks = 0
+    for b, (i, j) in enumerate(zip(cu_q, cu_k, strict=True)):
+        if b == len(cu_q) - 1:
+            break
+        rows, keys = slice(i, cu_q[b + 1]), slice(j, cu_k[b + 1])
+        alone = {n: x for n, x in inputs.items() if not n.startswith("cu_")}
+        alone["q"] = inputs["q"][None, rows]
+        alone["k"], alone["v"] = inputs["k"][None, keys], inputs["v"][None, keys]
+        alone["alibi_slopes"] = inputs["alibi_slopes"][b]
+        dout, dlse = want["upstream"]
+        got = run(alone, backend="native", upstream=[dout[None, rows], dlse[None, :, rows]])
+        for name, part in (("out", rows), ("dq", rows), ("dk", keys), ("dv", keys)):
+            assert torch.equal(got[name][0], want[name][part]), name
+        assert torch.equal(got["lse"][0], want["lse"][:, rows])
+        dsinks = dsinks + got["dsinks"]
+    torch.testing.assert_close(dsinks, want["dsinks"])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_rows_past_the_last_sequence(backend):
+    """They may hold NaN, and give 0 in out and in the gradients."""
+    inputs = cases.make_inputs(BY_NAME["packed"])
+    want = run(inputs, backend=backend)
+
+    def longer(x):
+        return torch.cat([x, torch.full((3, *x.shape[1:]), torch.nan)])
+
+    call, wanted = leaves(inputs | {n: longer(inputs[n]) for n in "qkv"})
+    out, lse = gp.attention(**call, return_lse=True, backend=backend)
+    assert (lse[:, -3:] == -torch.inf).all() and torch.equal(lse[:, :-3], want["lse"])
+    dout = longer(want["upstream"][0])
+    grads = torch.autograd.grad(out, list(wanted.values()), dout)
+    plain, plain_wanted = leaves(inputs)
+    plain_out = gp.attention(**plain, backend=backend)
+    plain_grads = torch.autograd.grad(plain_out, list(plain_wanted.values()), want["upstream"][0])
+    for got, ref in zip((out, *grads), (plain_out, *plain_grads), strict=True):
+        assert torch.equal(got[:-3], ref) and (got[-3:] == 0).all()
+
+
 def test_opcheck():
     q, k, v = (x for x in leaves(cases.make_inputs(BY_NAME["odd"]))[1].values())
     bias = torch.zeros(2, 1, 5, 7, requires_grad=True)
-    options = (bias, torch.zeros(2), torch.ones(2), -1, 0, 0.3, 2.0)
+    options = (bias, torch.zeros(2), torch.ones(2), None, None, 0, 0, -1, 0, 0.3, 2.0)
     torch.library.opcheck(torch.ops.genai_perf.attention_fwd.default, (q, k, v, *options))
     out, lse = gp.attention(q, k, v, return_lse=True)
     args = [x.detach() for x in (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse)]
@@ -368,9 +415,9 @@ BAD = [
     ({"q": torch.zeros(2, 5, 8)}, r"q must be \(batch, seqlen, nheads, headdim\) \(4 dim"),
     ({"q": torch.zeros(2, 5, 2, 8, dtype=torch.int32)}, "q must be one of torch.float32"),
     ({"k": torch.zeros(2, 7, 1, 8).half()}, "k must be of the dtype of q"),
-    ({"k": torch.zeros(2, 7, 1, 9)}, r"k must be \(batch 2, seqlen_k, nheads_k, headdim 8\)"),
-    ({"k": torch.zeros(3, 7, 1, 8)}, "k must be"),
-    ({"v": torch.zeros(2, 6, 1, 8)}, "v must be of k's batch, seqlen and heads"),
+    ({"k": torch.zeros(2, 7, 1, 9)}, r"headdim of k must be that of q \(8\), got 9"),
+    ({"k": torch.zeros(3, 7, 1, 8), "v": torch.zeros(3, 7, 1, 8)}, "batch of k and v must be"),
+    ({"v": torch.zeros(2, 6, 1, 8)}, "v must be of k's shape up to headdim"),
     ({"q": torch.zeros(2, 5, 3, 8), "k": torch.zeros(2, 7, 2, 8), "v": torch.zeros(2, 7, 2, 8)},
      r"nheads of q must be a multiple of nheads_k \(2\), got 3"),
     ({"q": torch.zeros(2, 5, 2, 0), "k": torch.zeros(2, 7, 1, 0)}, "headdim must be at least 1"),
@@ -387,6 +434,33 @@ BAD = [
     ({"k": torch.zeros(2, 7, 1, 8, device="meta")}, "k must be of the device of q"),
     ({"backend": "tpu"}, "backend must be one of"),
 ]  # fmt: skip
+
+
+BAD_PACKED = [
+    ({"cu_seqlens_k": None}, "cu_seqlens_q and cu_seqlens_k must be given together"),
+    ({"cu_seqlens_q": torch.tensor([0, 5])}, "cu_seqlens_q must be one of torch.int32, got"),
+    ({"cu_seqlens_q": torch.tensor([0, 2, 5], dtype=torch.int32)}, "of one length, batch"),
+    ({"cu_seqlens_q": torch.tensor([0, 6], dtype=torch.int32)}, "from 0 to at most 5 .*got 0 to 6"),
+    ({"cu_seqlens_q": torch.tensor([1, 5], dtype=torch.int32)}, "cu_seqlens_q must be from 0"),
+    ({"cu_seqlens_q": torch.tensor([0, 4, 3], dtype=torch.int32),
+      "cu_seqlens_k": torch.tensor([0, 3, 7], dtype=torch.int32)},
+     "cu_seqlens_q must be non-decreasing, got 4, 3 at positions 1, 2"),
+    ({"q": torch.zeros(1, 5, 2, 8)}, r"q must be \(total, nheads, headdim\)"),
+    ({"attn_bias": torch.zeros(5, 7)}, "attn_bias must be None with cu_seqlens"),
+    ({"max_seqlen_q": -1}, "max_seqlen_q must be an int, 0 or more, got -1"),
+    ({"max_seqlen_k": 6.5}, "max_seqlen_k must be an int, 0 or more, got 6.5"),
+    ({"max_seqlen_k": 6}, r"max_seqlen_k must be at least 7 \(sequence 0\), got 6"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", BAD_PACKED, ids=range(len(BAD_PACKED)))
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_bad_packed_input(change, message, backend):
+    good = {"q": torch.zeros(5, 2, 8), "k": torch.zeros(7, 1, 8), "v": torch.zeros(7, 1, 8),
+            "cu_seqlens_q": torch.tensor([0, 5], dtype=torch.int32),
+            "cu_seqlens_k": torch.tensor([0, 7], dtype=torch.int32)}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        gp.attention(**good | change, backend=backend)
 
 
 @pytest.mark.parametrize("change, message", BAD, ids=[m[:24] for _, m in BAD])

@@ -308,6 +308,25 @@ def test_public_bias_and_its_gradient():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("longest", [None, 40])
+def test_public_packed_sequences(longest):
+    """With three rows past the last sequence, and with and without the length of the longest."""
+    call = make(43, 50, right=0)
+    lengths = {"cu_seqlens_q": cu(0, 30, 10), "cu_seqlens_k": cu(5, 35, 7)}
+    lengths = {name: x.to(DEVICE) for name, x in lengths.items()}
+    results = []
+    for backend in ("triton", "reference"):
+        q, k, v = (x[0].to(DEVICE).requires_grad_() for x in (call.q, call.k, call.v))
+        out, lse = gp.attention(
+            q, k, v, causal=True, **lengths, max_seqlen_q=longest, max_seqlen_k=longest,
+            return_lse=True, backend=backend,
+        )  # fmt: skip
+        upstream = randn(*out.shape).to(DEVICE), randn(*lse.shape).to(DEVICE)
+        results.append([out, lse, *torch.autograd.grad((out, lse), (q, k, v), upstream)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_head_dimension_limit_is_said():
     call = make(2, 2, dim=300)
     with pytest.raises(gp.BackendUnsupported, match="head dimensions up to 256, got 300"):

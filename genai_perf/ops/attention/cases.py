@@ -22,6 +22,7 @@ class Case:
     sinks: bool = False
     bias: str | None = None  # the dimensions that attn_bias has whole: some of "bhqk", others are 1
     mask: str | None = None  # the same, of bool
+    lengths: tuple[tuple[int, int], ...] = ()  # (seqlen_q, seqlen_k) of packed sequences; () dense
     dtype: torch.dtype = torch.float32
     tags: tuple[str, ...] = ()
 
@@ -49,6 +50,10 @@ EDGE = (
     _edge("group_of_7", seqlen_q=33, seqlen_k=65, nheads=14, causal=True, headdim=32),
     _edge("dim_111", seqlen_q=97, seqlen_k=193, headdim=111, headdim_v=128),
     _edge("dim_256", seqlen_q=33, seqlen_k=130, nheads_k=1, headdim=256, causal=True),
+    _edge("mla_192_128", seqlen_q=120, seqlen_k=250, headdim=192, headdim_v=128, causal=True),
+    _edge(
+        "mla_576_512", seqlen_q=20, seqlen_k=100, nheads=4, nheads_k=1, headdim=576, headdim_v=512
+    ),
     _edge("dim_1", seqlen_q=9, seqlen_k=9, headdim=1, headdim_v=3),
     _edge("many_strips", seqlen_q=191, seqlen_k=449, nheads=1, nheads_k=1, headdim=24, causal=True),
     _edge("window_left", seqlen_q=150, seqlen_k=300, window_size=(20, None), headdim=32),
@@ -117,6 +122,24 @@ EDGE = (
     ),
     _edge("mask", seqlen_q=130, seqlen_k=300, nheads=4, mask="bhqk", headdim=32),
     _edge("mask_padding", seqlen_q=60, seqlen_k=60, nheads=4, mask="bk", causal=True, headdim=32),
+    _edge(
+        "packed",
+        lengths=((5, 5), (0, 7), (130, 300), (7, 0), (1, 65), (0, 0)),
+        nheads=4,
+        causal=True,
+        headdim=32,
+    ),
+    _edge(
+        "packed_rules",
+        lengths=((150, 150), (33, 97), (97, 33)),
+        nheads=8,
+        softcap=5.0,
+        alibi=2,
+        sinks=True,
+        window_size=(60, None),
+        headdim=16,
+    ),
+    _edge("packed_empty", lengths=((0, 0),), headdim=16),
 )
 BENCH = tuple(
     Case(
@@ -158,11 +181,21 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict:
     elif case.mask is not None:
         attn_bias = broadcast(case.mask) > 0
     slopes = 2.0 ** -torch.arange(1, case.nheads + 1, device=device, dtype=torch.float32)
-    by_batch = torch.linspace(1, 2, case.batch, device=device)[:, None]
+    batch = len(case.lengths) or case.batch
+    by_batch = torch.linspace(1, 2, batch, device=device)[:, None]
+    rows_q, rows_k, cu_seqlens = (batch, case.seqlen_q), (batch, case.seqlen_k), {}
+    if case.lengths:
+        ends = torch.tensor(((0, 0), *case.lengths), device=device).cumsum(0).to(torch.int32)
+        cu_seqlens = {
+            "cu_seqlens_q": ends[:, 0].contiguous(),
+            "cu_seqlens_k": ends[:, 1].contiguous(),
+        }
+        rows_q, rows_k = ((int(total),) for total in ends[-1])
     return {
-        "q": normal(case.batch, case.seqlen_q, case.nheads, case.headdim),
-        "k": normal(case.batch, case.seqlen_k, case.nheads_k, case.headdim),
-        "v": normal(case.batch, case.seqlen_k, case.nheads_k, dim_v),
+        "q": normal(*rows_q, case.nheads, case.headdim),
+        "k": normal(*rows_k, case.nheads_k, case.headdim),
+        "v": normal(*rows_k, case.nheads_k, dim_v),
+        **cu_seqlens,
         "causal": case.causal,
         "window_size": case.window_size,
         "softcap": case.softcap,
@@ -173,15 +206,21 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict:
 
 
 def visible_pairs(case: Case) -> int:
-    """How many (query, key) pairs of one head the mask leaves."""
-    offset, total = case.seqlen_k - case.seqlen_q, 0
+    """How many (query, key) pairs of one head the window leaves, over the whole batch."""
     left, right = case.window_size
     right = 0 if case.causal else right
-    for i in range(offset, offset + case.seqlen_q):
-        lo = 0 if left is None else max(i - left, 0)
-        hi = case.seqlen_k if right is None else min(i + right + 1, case.seqlen_k)
-        total += max(hi - lo, 0)
-    return total
+
+    def pairs(seqlen_q: int, seqlen_k: int) -> int:
+        total = 0
+        for i in range(seqlen_k - seqlen_q, seqlen_k):
+            lo = 0 if left is None else max(i - left, 0)
+            hi = seqlen_k if right is None else min(i + right + 1, seqlen_k)
+            total += max(hi - lo, 0)
+        return total
+
+    if case.lengths:
+        return sum(pairs(*lengths) for lengths in case.lengths)
+    return case.batch * pairs(case.seqlen_q, case.seqlen_k)
 
 
 def cost(case: Case) -> tuple[int, int]:
@@ -190,6 +229,7 @@ def cost(case: Case) -> tuple[int, int]:
     The backward has 2.5 times the flops.
     """
     dim_v = case.headdim if case.headdim_v is None else case.headdim_v
-    flops = 2 * case.batch * case.nheads * visible_pairs(case) * (case.headdim + dim_v)
-    elements = case.seqlen_q * case.nheads + case.seqlen_k * case.nheads_k
-    return flops, case.batch * elements * (case.headdim + dim_v) * case.dtype.itemsize
+    flops = 2 * case.nheads * visible_pairs(case) * (case.headdim + dim_v)
+    lengths = case.lengths or ((case.seqlen_q, case.seqlen_k),) * case.batch
+    rows = sum(q * case.nheads + k * case.nheads_k for q, k in lengths)
+    return flops, rows * (case.headdim + dim_v) * case.dtype.itemsize

@@ -4,6 +4,7 @@ import torch
 
 from ..._backends import native
 from .options import Options, present
+from .packed import bounds
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,14 +28,14 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _tensor4(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """Address, then batch, seqlen and head strides."""
-    batch, seq, head, _ = x.stride()
-    return x.data_ptr(), batch, seq, head
+    """Address, then batch, seqlen and head strides; no batch where sequences are packed."""
+    *batch, seq, head, _ = x.stride()
+    return x.data_ptr(), *(batch or (0,)), seq, head
 
 
 def _window(side: int, q, k) -> int:
     """A side that reaches past everything is unbounded: the kernels add it to positions."""
-    return -1 if side >= q.shape[1] + k.shape[1] else side
+    return -1 if side >= q.shape[-3] + k.shape[-3] else side
 
 
 def _float(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -58,45 +59,55 @@ def _bias(bias: torch.Tensor | None) -> tuple[int, ...]:
 
 def _call(q, k, v, o: Options) -> tuple:
     """The arguments that both entries of csrc/bindings/bind_attention.cpp share."""
-    batch, seqlen_q, heads, dim = q.shape
-    slopes, sinks = o.alibi_slopes, o.sinks
+    seqlen_q, heads, dim = q.shape[-3:]
+    packed, slopes = o.cu_seqlens_q is not None, o.alibi_slopes
     sizes = (
-        batch, seqlen_q, k.shape[1], heads, k.shape[2], dim, v.shape[3],
-        heads * seqlen_q, seqlen_q, _window(o.window_left, q, k), _window(o.window_right, q, k),
-        0, 0, native.pointer(slopes), heads if slopes is not None and slopes.dim() == 2 else 0,
-        native.pointer(sinks), native.DTYPE_CODES[q.dtype], native.threads(),
+        len(o.cu_seqlens_q) - 1 if packed else q.shape[0],
+        seqlen_q, k.shape[-3], heads, k.shape[-2], dim, v.shape[-1],
+        0 if packed else heads * seqlen_q, seqlen_q,
+        _window(o.window_left, q, k), _window(o.window_right, q, k),
+        native.pointer(o.cu_seqlens_q), native.pointer(o.cu_seqlens_k),
+        native.pointer(slopes), heads if slopes is not None and slopes.dim() == 2 else 0,
+        native.pointer(o.sinks), native.DTYPE_CODES[q.dtype], native.threads(),
     )  # fmt: skip
-    return (
-        sizes,
-        _bias(o.attn_bias),
-        o.softmax_scale,
-        o.softcap,
-        _tensor4(q),
-        _tensor4(k),
-        _tensor4(v),
-    )
+    tensors = (_tensor4(x) for x in (q, k, v))
+    return sizes, _bias(o.attn_bias), o.softmax_scale, o.softcap, *tensors
 
 
 def _prepared(q, k, v, options) -> tuple:
+    """The inputs as the kernels read them, and whether packed sequences fill q, and k and v."""
     o = Options(*options)
     o = o._replace(sinks=_float(o.sinks), alibi_slopes=_float(o.alibi_slopes))
-    return _rows(q), _rows(k), _rows(v), o
+    q_full = k_full = True
+    if o.cu_seqlens_q is not None:
+        cu_q, cu_k = o.cu_seqlens_q.contiguous(), o.cu_seqlens_k.contiguous()
+        o = o._replace(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+        q_full = bounds(cu_q, q.shape[0], o.max_seqlen_q, "q")[-1] == q.shape[0]
+        k_full = bounds(cu_k, k.shape[0], o.max_seqlen_k, "k")[-1] == k.shape[0]
+    return _rows(q), _rows(k), _rows(v), o, q_full, k_full
+
+
+def _room(like: torch.Tensor, shape: tuple[int, ...], full: bool) -> torch.Tensor:
+    """For an output; zeros where rows past the last sequence stay untouched."""
+    return like.new_empty(shape) if full else like.new_zeros(shape)
 
 
 def forward(q, k, v, *options):
-    q, k, v, o = _prepared(q, k, v, options)
-    batch, seqlen_q, heads, _ = q.shape
-    out = q.new_empty(batch, seqlen_q, heads, v.shape[3])
-    lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
+    q, k, v, o, q_full, _ = _prepared(q, k, v, options)
+    *batch, seqlen_q, heads, _ = q.shape
+    out = _room(q, (*batch, seqlen_q, heads, v.shape[-1]), q_full)
+    lse = q.new_empty(*batch, heads, seqlen_q, dtype=torch.float32)
+    if not q_full:
+        lse.fill_(-torch.inf)
     native.lib().attention_fwd(*_call(q, k, v, o), _tensor4(out), lse.data_ptr())
     return out, lse
 
 
 def backward(dout, dlse, q, k, v, out, lse, bias_grad, *options):
     plain = Options(*options)
-    q, k, v, o = _prepared(q, k, v, options)
+    q, k, v, o, q_full, k_full = _prepared(q, k, v, options)
     out, dout, lse, dlse = _rows(out), _rows(dout.to(q.dtype)), lse.contiguous(), _float(dlse)
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = (_room(x, x.shape, f) for x, f in ((q, q_full), (k, k_full), (v, k_full)))
     dbias = dsinks = None
     if bias_grad:
         dbias = q.new_zeros(o.attn_bias.shape, dtype=torch.float32)

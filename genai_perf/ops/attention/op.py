@@ -10,10 +10,10 @@ BACKENDS = ("triton", "native", "reference")
 
 
 def _forward_fake(q, k, v, *options, backend=None):
-    batch, seqlen_q, heads, _ = q.shape
+    *rest, heads, _ = q.shape  # (batch, seqlen_q), or (total,) for packed sequences
     return (
-        q.new_empty(batch, seqlen_q, heads, v.shape[3]),
-        q.new_empty(batch, heads, seqlen_q, dtype=reference.lse_dtype(q)),
+        q.new_empty(*rest, heads, v.shape[-1]),
+        q.new_empty(*rest[:-1], heads, rest[-1], dtype=reference.lse_dtype(q)),
     )
 
 

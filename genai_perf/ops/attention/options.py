@@ -5,8 +5,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 SCHEMA = (
-    "Tensor? attn_bias, Tensor? sinks, Tensor? alibi_slopes, int window_left, int window_right,"
-    " float softmax_scale, float softcap"
+    "Tensor? attn_bias, Tensor? sinks, Tensor? alibi_slopes, Tensor? cu_seqlens_q,"
+    " Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
+    " int window_left, int window_right, float softmax_scale, float softcap"
 )
 
 
@@ -18,6 +19,9 @@ class Options(NamedTuple):
     sinks: (nheads,), a score without a value in every softmax of its head; None: none.
     alibi_slopes: float32 (nheads,) or (batch, nheads); the score of query i and key j loses
         slope * |i + seqlen_k - seqlen_q - j|; None: none.
+    cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), where packed sequences begin and end; q, k and v
+        are (total, nheads, headdim) then. Both or neither.
+    max_seqlen_q, max_seqlen_k: no packed sequence is longer; 0 where they are not packed.
     window_left, window_right: query i sees keys from i + seqlen_k - seqlen_q - window_left to
         i + seqlen_k - seqlen_q + window_right; -1 is unbounded, causal is window_right 0.
     softcap: scores become softcap * tanh(score / softcap); 0: none.
@@ -26,6 +30,10 @@ class Options(NamedTuple):
     attn_bias: Tensor | None
     sinks: Tensor | None
     alibi_slopes: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
     window_left: int
     window_right: int
     softmax_scale: float
@@ -34,7 +42,7 @@ class Options(NamedTuple):
 
 # The tensors among them that have a gradient come first.
 DIFFERENTIABLE = 2
-TENSORS = 3
+TENSORS = 5
 
 
 def present(*tensors: Tensor | None, like: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ yardstick for the error that the dtype itself brings.
 import torch
 
 from .options import Options, present
+from .packed import bounds
 
 
 def why_not(*args) -> str | None:
@@ -86,8 +87,54 @@ def _probabilities(s, lse):
     return torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1).to(s.dtype))
 
 
+def _each_sequence(q, k, o: Options):
+    """(slice of the query rows, slice of the key rows, its options as a batch of one)."""
+    cu_q = bounds(o.cu_seqlens_q, q.shape[0], o.max_seqlen_q, "q")
+    cu_k = bounds(o.cu_seqlens_k, k.shape[0], o.max_seqlen_k, "k")
+    by_batch = o.alibi_slopes is not None and o.alibi_slopes.dim() == 2
+    for b in range(len(cu_q) - 1):
+        slopes = o.alibi_slopes[b] if by_batch else o.alibi_slopes
+        alone = o._replace(cu_seqlens_q=None, cu_seqlens_k=None, alibi_slopes=slopes)
+        yield slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1]), alone
+
+
+def _join(parts: list[torch.Tensor], total: int, dim: int, rest: float = 0.0) -> torch.Tensor:
+    """The sequences' parts one after another along `dim`, then `rest` for rows past the last."""
+    used = sum(part.shape[dim] for part in parts)
+    shape = (*parts[0].shape[:dim], total - used, *parts[0].shape[dim + 1 :])
+    return torch.cat([*parts, parts[0].new_full(shape, rest)], dim)
+
+
+def _forward_packed(q, k, v, o: Options, upcast: bool):
+    outs, lses = [q.new_empty(0, q.shape[1], v.shape[2])], [q.new_empty(q.shape[1], 0)]
+    lses[0] = lses[0].to(lse_dtype(q))
+    for rows, keys, alone in _each_sequence(q, k, o):
+        out, lse = forward(q[None, rows], k[None, keys], v[None, keys], *alone, upcast=upcast)
+        outs.append(out[0])
+        lses.append(lse[0])
+    return _join(outs, q.shape[0], 0), _join(lses, q.shape[0], 1, -torch.inf)
+
+
+def _backward_packed(dout, dlse, q, k, v, out, lse, o: Options, upcast: bool):
+    dqs, dks, dvs = ([x.new_empty(0, *x.shape[1:])] for x in (q, k, v))
+    dsinks = None if o.sinks is None else torch.zeros_like(o.sinks)
+    for rows, keys, alone in _each_sequence(q, k, o):
+        dq, dk, dv, _, dsink = backward(
+            dout[None, rows], None if dlse is None else dlse[None, :, rows],
+            q[None, rows], k[None, keys], v[None, keys], out[None, rows], lse[None, :, rows],
+            False, *alone, upcast=upcast,
+        )  # fmt: skip
+        for grads, grad in ((dqs, dq), (dks, dk), (dvs, dv)):
+            grads.append(grad[0])
+        dsinks = None if dsinks is None else dsinks + dsink
+    joined = [_join(x, y.shape[0], 0) for x, y in ((dqs, q), (dks, k), (dvs, v))]
+    return *joined, *present(None, dsinks, like=q)
+
+
 def forward(q, k, v, *options, upcast=True):
     o = Options(*options)
+    if o.cu_seqlens_q is not None:
+        return _forward_packed(q, k, v, o, upcast)
     qh, kh, vh = _inputs(q, k, v, upcast)
     s, _ = _scores(qh, kh, o)
     lse = _log_sum_exp(s, o.sinks)
@@ -98,6 +145,8 @@ def forward(q, k, v, *options, upcast=True):
 def backward(dout, dlse, q, k, v, out, lse, bias_grad, *options, upcast=True):
     """dS = P * (dO V^T - rowsum(dO O) + dlse), dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q."""
     o = Options(*options)
+    if o.cu_seqlens_q is not None:
+        return _backward_packed(dout, dlse, q, k, v, out, lse, o, upcast)
     qh, kh, vh = _inputs(q, k, v, upcast)
     do, oh = _heads_first(dout, qh.dtype), _heads_first(out, qh.dtype)
     s, slope = _scores(qh, kh, o)

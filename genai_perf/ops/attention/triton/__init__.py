@@ -34,7 +34,11 @@ def _problem(q, k, v, options):
     o = Options(*options)
     left, right = (None if side < 0 else side for side in (o.window_left, o.window_right))
     slopes = None if o.alibi_slopes is None else o.alibi_slopes.to(torch.float32).contiguous()
-    return Problem(q, k, v, o.softmax_scale, left, right, o.softcap, slopes, o.sinks, o.attn_bias)
+    return Problem(
+        q, k, v, o.softmax_scale, left, right, o.softcap, slopes, o.sinks, o.attn_bias,
+        *(None if cu is None else cu.contiguous() for cu in (o.cu_seqlens_q, o.cu_seqlens_k)),
+        o.max_seqlen_q, o.max_seqlen_k,
+    )  # fmt: skip
 
 
 def forward(q, k, v, *options):

@@ -1,0 +1,116 @@
+"""The checks of `attention`: one ValueError sentence each, naming the argument."""
+
+import math
+
+import torch
+
+from ..._checks import check_dtype, check_ndim, check_same, check_tensor, fail
+
+OP = "attention"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shapes(q, k, v, cu_seqlens_q, cu_seqlens_k) -> int:
+    """Check that the tensors belong together; returns the batch size."""
+    check_tensor(OP, q=q, k=k, v=v)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    layout = "(total, nheads, headdim)" if packed else "(batch, seqlen, nheads, headdim)"
+    check_ndim(OP, 3 if packed else 4, layout, q=q, k=k, v=v)
+    check_dtype(OP, DTYPES, q=q)
+    check_same(OP, "dtype", q=q, k=k, v=v)
+    check_same(OP, "device", q=q, k=k, v=v)
+    dim, heads, heads_k = q.shape[-1], q.shape[-2], k.shape[-2]
+    if k.shape[-1] != dim:
+        fail(OP, "headdim of k", f"that of q ({dim})", k.shape[-1])
+    if v.shape[:-1] != k.shape[:-1]:
+        fail(OP, "v", f"of k's shape up to headdim {tuple(k.shape[:-1])}", tuple(v.shape))
+    if heads_k == 0 or heads % heads_k:
+        fail(OP, "nheads of q", f"a multiple of nheads_k ({heads_k})", heads)
+    if dim == 0 or v.shape[-1] == 0:
+        fail(OP, "headdim", "at least 1", f"{dim} (q, k) and {v.shape[-1]} (v)")
+    if packed:
+        return _sequences(q, cu_seqlens_q, cu_seqlens_k)
+    if k.shape[0] != q.shape[0]:
+        fail(OP, "batch of k and v", f"that of q ({q.shape[0]})", k.shape[0])
+    return q.shape[0]
+
+
+def _sequences(q, cu_seqlens_q, cu_seqlens_k) -> int:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        fail(OP, "cu_seqlens_q and cu_seqlens_k", "given together", "one of them")
+    check_tensor(OP, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_dtype(OP, (torch.int32,), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_ndim(OP, 1, "(batch + 1,)", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_same(OP, "device", q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    batch = cu_seqlens_q.shape[0] - 1
+    if batch < 0 or cu_seqlens_k.shape[0] != batch + 1:
+        fail(OP, "cu_seqlens_q and cu_seqlens_k", "of one length, batch + 1",
+             f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}")  # fmt: skip
+    return batch
+
+
+def max_seqlen(value, rows, packed: bool, name: str) -> int:
+    """The bound to plan for: that of the caller, else all `rows`; 0 where nothing is packed."""
+    if value is None:
+        return rows.shape[0] if packed else 0
+    if not isinstance(value, int | torch.SymInt) or value < 0:
+        fail(OP, name, "an int, 0 or more", repr(value))
+    return value if packed else 0
+
+
+def window(window_size) -> tuple[int, int]:
+    """(left, right) with None made -1."""
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        fail(OP, "window_size", "a pair (left, right)", repr(window_size))
+    for side in window_size:
+        if side is not None and (not isinstance(side, int) or side < 0):
+            fail(OP, "window_size", "(left, right), each None or an int >= 0", repr(window_size))
+    left, right = (-1 if side is None else side for side in window_size)
+    return left, right
+
+
+def softcap(value: float) -> None:
+    if not 0 <= value < math.inf:
+        fail(OP, "softcap", "0 (none) or positive and finite", value)
+
+
+def alibi(alibi_slopes, q, batch) -> None:
+    if alibi_slopes is None:
+        return
+    check_tensor(OP, alibi_slopes=alibi_slopes)
+    check_dtype(OP, (torch.float32, torch.float64), alibi_slopes=alibi_slopes)
+    check_same(OP, "device", q=q, alibi_slopes=alibi_slopes)
+    heads = q.shape[-2]
+    if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+        fail(OP, "alibi_slopes", f"(nheads {heads},) or (batch {batch}, nheads {heads})",
+             tuple(alibi_slopes.shape))  # fmt: skip
+    if alibi_slopes.requires_grad:
+        fail(OP, "alibi_slopes", "a constant (it has no gradient)", "requires_grad=True")
+
+
+def sinks(values, q) -> None:
+    if values is None:
+        return
+    check_tensor(OP, sinks=values)
+    check_dtype(OP, DTYPES, sinks=values)
+    check_same(OP, "device", q=q, sinks=values)
+    if tuple(values.shape) != (q.shape[-2],):
+        fail(OP, "sinks", f"(nheads {q.shape[-2]},)", tuple(values.shape))
+
+
+def bias(attn_bias, q, k, *, packed: bool):
+    """The bias with four dimensions, the last of them whole (its gradient is made by columns)."""
+    if attn_bias is None:
+        return None
+    if packed:
+        fail(OP, "attn_bias", "None with cu_seqlens (give each sequence its own call)", "a tensor")
+    check_tensor(OP, attn_bias=attn_bias)
+    check_dtype(OP, (*DTYPES, torch.bool), attn_bias=attn_bias)
+    check_same(OP, "device", q=q, attn_bias=attn_bias)
+    full, shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), attn_bias.shape
+    fits = (size in (1, want) for size, want in zip(reversed(shape), reversed(full), strict=False))
+    if len(shape) > 4 or not all(fits):
+        fail(OP, "attn_bias", f"broadcastable to (batch, nheads, seqlen_q, seqlen_k) {full}",
+             tuple(shape))  # fmt: skip
+    attn_bias = attn_bias.reshape((1,) * (4 - len(shape)) + tuple(shape))
+    return attn_bias.expand(-1, -1, -1, k.shape[1])
