@@ -113,5 +113,5 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
     # fp8 codes pass as bytes: torch cannot compare fp8 tensors, which opcheck does.
     codes = qweight.qdata.view(torch.uint8) if qweight.qdata.is_floating_point() else qweight.qdata
     return QUANT_MATMUL(x, codes, qweight.scale, qweight.zero_point, qweight.nested_scale,
-                        qweight.scale_offset, bias, qweight.format, qweight.group_size, qweight.shape[0],
-                        backend=backend)  # fmt: skip
+                        qweight.scale_offset, bias, qweight.format, qweight.group_size,
+                        qweight.shape[0], backend=backend)  # fmt: skip
