@@ -64,29 +64,6 @@ static inline float sink_of(const AttentionShape& s, int64_t h) {
   return s.sinks ? s.sinks[h] : -INFINITY;
 }
 
-static inline vf v_tanh(vf x) {  // below 2 ulp; Cephes' polynomial for |x| < 0.625
-  const vf a = v_abs(x), z = v_mul(x, x);
-  vf p = v_set(-5.70498872745e-3f);
-  p = v_fma(p, z, v_set(2.06390887954e-2f));
-  p = v_fma(p, z, v_set(-5.37397155531e-2f));
-  p = v_fma(p, z, v_set(1.33314422036e-1f));
-  p = v_fma(p, z, v_set(-3.33332819422e-1f));
-  const vf small = v_fma(v_mul(p, z), x, x);
-  const vf e = v_exp2(v_min(v_set(60.0f), v_mul(a, v_set(2 * LOG2E))));  // NaN passes
-  const vf big = v_sub(v_set(1.0f), v_div(v_set(2.0f), v_add(e, v_set(1.0f))));
-#if defined(__AVX512F__)
-  const __mmask16 is_small = _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(0.625f), _CMP_LT_OQ);
-  const __m512 sign = _mm512_and_ps(x.v, _mm512_set1_ps(-0.0f));
-  return {_mm512_mask_blend_ps(is_small, _mm512_or_ps(big.v, sign), small.v)};
-#elif defined(__AVX2__)
-  const __m256 is_small = _mm256_cmp_ps(a.v, _mm256_set1_ps(0.625f), _CMP_LT_OQ);
-  const __m256 sign = _mm256_and_ps(x.v, _mm256_set1_ps(-0.0f));
-  return {_mm256_blendv_ps(_mm256_or_ps(big.v, sign), small.v, is_small)};
-#else
-  return a.v < 0.625f ? small : vf{__builtin_copysignf(big.v, x.v)};
-#endif
-}
-
 // What one head of one sequence does to its scores: softcap, then ALiBi, then the bias.
 struct ScoreRule {
   float softcap, slope;

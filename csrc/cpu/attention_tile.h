@@ -1,8 +1,8 @@
-// fp32 tiles packed from any dtype, a register-tiled matrix product on them, and exp2.
+// fp32 tiles packed from any dtype, and a register-tiled matrix product on them.
 #pragma once
 
-#include "common/simd.h"
 #include "cpu/attention.h"
+#include "cpu/attention_math.h"
 
 namespace gp {
 namespace GP_ISA {
@@ -21,46 +21,7 @@ constexpr int64_t CHUNK = 128;
 // Rows of a packed tile are this many floats longer than the data: 64 bytes, which keeps a column
 // of cache lines from falling into one set of the L1 cache when the row is a power of two long.
 constexpr int64_t ROW_PAD = 16;
-constexpr float LOG2E = 1.44269504088896341f;
-constexpr double LN2 = 0.69314718055994531;
-
-static inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t row_stride(int64_t dim) { return round_up(dim, 16) + ROW_PAD; }
-
-// 2^x, relative error below 2 ulp for x in [-126, 126]; 0 below -126.5; NaN stays NaN.
-static inline vf v_exp2(vf x) {
-#if defined(__AVX2__)
-  const vf magic = v_set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  x = v_max(v_set(-127.0f), x);         // in this order NaN passes
-  const vf t = v_add(x, magic);
-  const vf n = v_sub(t, magic);
-#else
-  if (x.v < -126.5f) return {0.0f};
-  if (x.v != x.v) return x;
-  const vf n = v_round(x);
-#endif
-  const vf f = v_sub(x, n);
-  vf p = v_set(1.326465280726552e-3f);  // minimax on [-0.5, 0.5] with 2^0 exact
-  p = v_fma(p, f, v_set(9.671511128544807e-3f));
-  p = v_fma(p, f, v_set(5.550733953714371e-2f));
-  p = v_fma(p, f, v_set(2.4022242426872253e-1f));
-  p = v_fma(p, f, v_set(6.931470036506653e-1f));
-  p = v_fma(p, f, v_set(1.0f));
-  // The bits of 2^n; for n = -127 they are those of 0.
-#if defined(__AVX512F__)
-  const __m512i e = _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(t.v), 23),
-                                     _mm512_set1_epi32(0x3f800000));
-  return {_mm512_mul_ps(p.v, _mm512_castsi512_ps(e))};
-#elif defined(__AVX2__)
-  const __m256i e = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t.v), 23),
-                                     _mm256_set1_epi32(0x3f800000));
-  return {_mm256_mul_ps(p.v, _mm256_castsi256_ps(e))};
-#else
-  return v_ldexp(p, n);
-#endif
-}
 
 // --- the matrix product --------------------------------------------------------------------------
 
