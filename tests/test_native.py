@@ -2,11 +2,15 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import genai_perf as gp
 from genai_perf import _C
+from genai_perf._backends import native
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "native"
 
@@ -36,3 +40,41 @@ def test_cpp_tests():
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_run_on_torchs_own_threads():
+    """Threads of our own beside OpenMP's, which spin, cost a small model a third of its speed."""
+    assert native.lib().uses_openmp() == torch.backends.openmp.is_available()
+
+
+def test_thread_counts_may_change_between_calls():
+    weight = gp.quantize(torch.randn(600, 512, generator=torch.Generator().manual_seed(0)), "nf4")
+    before, x = torch.get_num_threads(), torch.linspace(-1, 1, 4 * 512).view(4, 512)
+    try:
+        results = []
+        for count in (2, 1, 4, 3, 2):
+            torch.set_num_threads(count)
+            results.append(gp.quant_matmul(x, weight))
+            torch.mm(torch.ones(300, 300), torch.ones(300, 300))  # torch's threads in between
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+FORKING = """
+import os, sys, torch
+import genai_perf as gp
+torch.set_num_threads(2)
+weight, x = gp.quantize(torch.ones(600, 512), "nf4"), torch.ones(4, 512)
+before = gp.quant_matmul(x, weight)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(gp.quant_matmul(x, weight), before) else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_computes():
+    """GNU's OpenMP hangs in the child of a process that used it; the kernels do not."""
+    done = subprocess.run([sys.executable, "-c", FORKING], timeout=120, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

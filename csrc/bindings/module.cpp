@@ -3,6 +3,7 @@
 #include "bindings/bindings.h"
 
 #include "common/memory.h"
+#include "common/parallel.h"
 #include "cpu/isa.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -22,6 +23,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("prefer_huge_pages", [](std::uintptr_t data, int64_t bytes) {
     gp::prefer_huge_pages(as_pointer<void>(data), bytes);
   });
+  m.def("use_openmp_of", [](const std::string& name) { return gp::use_openmp_of(name.c_str()); });
+  m.def("uses_openmp", &gp::uses_openmp);
   bind_attention(m);
   bind_quantize(m);
   bind_quant_matmul(m);

@@ -29,6 +29,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"the native extension is not built ({error}); run `pip install -e .`"
     if CONFIG.isa:
         _C.force_isa(CONFIG.isa)
+    _C.use_openmp_of("libtorch_cpu.so")  # kernels share torch's threads; else they have their own
     return _C, None
 
 
