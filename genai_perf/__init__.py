@@ -15,6 +15,12 @@ _EXPORTS = {
     "explain": "_dispatch",
     "QuantizedTensor": "formats",
     "attention": "ops.attention",
+    "flash_attn_func": "flash_attn",
+    "flash_attn_kvpacked_func": "flash_attn",
+    "flash_attn_qkvpacked_func": "flash_attn",
+    "flash_attn_varlen_func": "flash_attn",
+    "flash_attn_varlen_kvpacked_func": "flash_attn",
+    "flash_attn_varlen_qkvpacked_func": "flash_attn",
     "quantize": "ops.quantize",
     "dequantize": "ops.quantize",
     "quant_matmul": "ops.quant_matmul",
@@ -29,7 +35,17 @@ _EXPORTS = {
     "Wanda": "compression",
     "load_compressed": "integrations.transformers",
 }
-_SUBMODULES = ("bench", "compression", "formats", "integrations", "io", "nn", "ops", "testing")
+_SUBMODULES = (
+    "bench",
+    "compression",
+    "flash_attn",
+    "formats",
+    "integrations",
+    "io",
+    "nn",
+    "ops",
+    "testing",
+)
 
 __all__ = ["__version__", *_EXPORTS]
 

@@ -14,7 +14,7 @@ LAYERS = [
     {"_version", "_errors", "_config", "_checks", "formats"},
     {"_backends", "_dispatch"},
     {"ops"},
-    {"nn", "models"},
+    {"nn", "models", "flash_attn"},
     {"compression", "io"},
     {"integrations"},
     {"bench", "testing"},

@@ -1,0 +1,180 @@
+"""The functions of flash-attn 2.8 by `genai_perf.attention`.
+
+Arguments have flash-attn's names, order and defaults:
+
+    q, k, v: (batch, seqlen, nheads, headdim), kv (batch, seqlen, 2, nheads_k, headdim),
+        qkv (batch, seqlen, 3, nheads, headdim); packed sequences (varlen) have (total,) instead of
+        (batch, seqlen), cut by cu_seqlens, int32 (batch + 1,). float32, bfloat16 or float16;
+        nheads is a multiple of nheads_k.
+    dropout_p: must be 0.
+    softmax_scale: 1 / sqrt(headdim) by default.
+    causal: query i sees keys j <= i + seqlen_k - seqlen_q. A row that sees nothing gives 0.
+    window_size: (left, right), -1 is unbounded.
+    softcap: scores become softcap * tanh(score / softcap); 0 does not.
+    alibi_slopes: float32 (nheads,) or (batch, nheads).
+    deterministic: accepted; the backward pass always is.
+    return_attn_probs: return (out, softmax_lse, S_dmask) instead of out. softmax_lse is float32
+        (batch, nheads, seqlen_q), or (nheads, total_q) for varlen, and differentiable; S_dmask is
+        empty, as in flash-attn without dropout.
+
+Every function raises ValueError in one sentence for a wrong shape, dtype, device or value. One
+number differs: a row that sees no key has softmax_lse -inf, where flash-attn 2 has +inf.
+"""
+
+import operator
+
+import torch
+
+from .._checks import check_dtype, check_ndim, check_tensor, fail
+from ..ops.attention import attention
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
+
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
+                    softcap=0.0, alibi_slopes=None, deterministic=False,
+                    return_attn_probs=False):  # fmt: skip
+    """Attention of q over k and v; see the module for the arguments."""
+    return _attend("flash_attn_func", q, k, v, dropout_p, softmax_scale, causal, window_size,
+                   softcap, alibi_slopes, return_attn_probs)  # fmt: skip
+
+
+def flash_attn_kvpacked_func(q, kv, dropout_p=0.0, softmax_scale=None, causal=False,
+                             window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+                             deterministic=False, return_attn_probs=False):  # fmt: skip
+    """`flash_attn_func` with k and v in one tensor (batch, seqlen_k, 2, nheads_k, headdim)."""
+    name = "flash_attn_kvpacked_func"
+    k, v = _parts(name, "kv", kv, 2, ("batch", "seqlen"))
+    return _attend(name, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
+                   alibi_slopes, return_attn_probs)  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=False,
+                              window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+                              deterministic=False, return_attn_probs=False):  # fmt: skip
+    """`flash_attn_func` with q, k and v in one tensor (batch, seqlen, 3, nheads, headdim)."""
+    name = "flash_attn_qkvpacked_func"
+    q, k, v = _parts(name, "qkv", qkv, 3, ("batch", "seqlen"))
+    return _attend(name, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
+                   alibi_slopes, return_attn_probs)  # fmt: skip
+
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                           dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
+                           softcap=0.0, alibi_slopes=None, deterministic=False,
+                           return_attn_probs=False, block_table=None):  # fmt: skip
+    """Attention of packed sequences; see the module for the arguments.
+
+    With block_table, int32 (batch, pages), k and v are pages (num_pages, page_size, nheads_k,
+    headdim) and cu_seqlens_k says how many keys each sequence has; they are gathered first.
+    """
+    name = "flash_attn_varlen_func"
+    if block_table is not None:
+        rows = _paged_rows(name, k, block_table, cu_seqlens_k)
+        k, v = (pages.flatten(0, 1).index_select(0, rows) for pages in (k, v))
+    return _attend(name, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
+                   alibi_slopes, return_attn_probs,
+                   (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                    dropout_p=0.0, softmax_scale=None, causal=False,
+                                    window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+                                    deterministic=False, return_attn_probs=False):  # fmt: skip
+    """`flash_attn_varlen_func` with k and v in one tensor (total_k, 2, nheads_k, headdim)."""
+    name = "flash_attn_varlen_kvpacked_func"
+    k, v = _parts(name, "kv", kv, 2, ("total",))
+    return _attend(name, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
+                   alibi_slopes, return_attn_probs,
+                   (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=0.0,
+                                     softmax_scale=None, causal=False, window_size=(-1, -1),
+                                     softcap=0.0, alibi_slopes=None, deterministic=False,
+                                     return_attn_probs=False):  # fmt: skip
+    """`flash_attn_varlen_func` with q, k and v in one tensor (total, 3, nheads, headdim)."""
+    name = "flash_attn_varlen_qkvpacked_func"
+    q, k, v = _parts(name, "qkv", qkv, 3, ("total",))
+    return _attend(name, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
+                   alibi_slopes, return_attn_probs,
+                   (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))  # fmt: skip
+
+
+def _parts(op: str, argument: str, packed, count: int, leading: tuple[str, ...]):
+    """The tensors that `packed` holds side by side, as views."""
+    check_tensor(op, **{argument: packed})
+    layout = f"({', '.join(leading)}, {count}, nheads, headdim)"
+    check_ndim(op, len(leading) + 3, layout, **{argument: packed})
+    if packed.shape[-3] != count:
+        fail(op, argument, layout, f"shape {tuple(packed.shape)}")
+    return packed.unbind(-3)
+
+
+def _attend(op, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+            return_attn_probs, sequences=None):  # fmt: skip
+    if dropout_p != 0:
+        fail(op, "dropout_p", "0.0 (dropout is not implemented)", dropout_p)
+    packed = {}
+    if sequences is not None:
+        cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = sequences
+        packed = {
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k": cu_seqlens_k,
+            "max_seqlen_q": operator.index(longest_q),
+            "max_seqlen_k": operator.index(longest_k),
+        }
+    out, lse = attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window_size=window(op, window_size),
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_lse=True,
+        **packed,
+    )
+    return (out, lse, q.detach().new_empty(0)) if return_attn_probs else out
+
+
+def window(op: str, window_size) -> tuple[int | None, int | None]:
+    """flash-attn's window, whose sides are -1 where unbounded, as `attention` takes it."""
+    try:
+        left, right = (operator.index(side) for side in window_size)
+    except (TypeError, ValueError):
+        fail(op, "window_size", "a pair of ints (left, right)", repr(window_size))
+    if left < -1 or right < -1:
+        fail(op, "window_size", "(left, right), each -1 (unbounded) or more", (left, right))
+    return (None if left == -1 else left), (None if right == -1 else right)
+
+
+def _paged_rows(op: str, pages, block_table, cu_seqlens_k) -> torch.Tensor:
+    """For each key of the packed sequences, its row in the pages laid end to end."""
+    check_tensor(op, k=pages, block_table=block_table, cu_seqlens_k=cu_seqlens_k)
+    layout = "with block_table, (num_pages, page_size, nheads_k, headdim)"
+    check_ndim(op, 4, layout, k=pages)
+    check_ndim(op, 2, "(batch, pages)", block_table=block_table)
+    check_dtype(op, (torch.int32,), block_table=block_table, cu_seqlens_k=cu_seqlens_k)
+    lengths = cu_seqlens_k.long().diff()
+    if len(block_table) != len(lengths):
+        fail(op, "block_table", f"of batch {len(lengths)}", tuple(block_table.shape))
+    size = pages.shape[1]
+    batch = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    position = torch.arange(len(batch), device=lengths.device) - cu_seqlens_k.long()[batch]
+    if len(position) and int(position.max()) >= block_table.shape[1] * size:
+        fail(op, "block_table", f"{block_table.shape[1]} pages of {size} keys hold every sequence",
+             f"a sequence of {int(lengths.max())} keys")  # fmt: skip
+    page = block_table[batch, position // size].long()
+    if len(page) and not 0 <= int(page.min()) <= int(page.max()) < pages.shape[0]:
+        fail(op, "block_table", f"pages from 0 to {pages.shape[0] - 1}",
+             f"{int(page.min())} to {int(page.max())}")  # fmt: skip
+    return page * size + position % size

@@ -1,0 +1,270 @@
+"""flash-attn's functions over its test file's shapes, against what its documentation says."""
+
+import inspect
+import itertools
+import random
+import zlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import genai_perf as gp
+from genai_perf.flash_attn.bert_padding import pad_input, unpad_input
+from genai_perf.testing.numerics import assert_close_to_oracle
+
+AXES = {
+    "d": (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256),
+    "seqlens": ((1, 1), (1, 239), (3, 799), (113, 203), (128, 217), (113, 211), (108, 256),
+                (127, 512), (256, 512), (512, 256), (239, 1), (97, 97), (200, 200), (384, 384),
+                (1023, 1024)),
+    "kind": ("mha", "mqa", "gqa"),
+    "causal": (False, True),
+    "local": (False, True),
+    "softcap": (0.0, 50.0),
+    "alibi": (False, True),
+    "layout": ("separate", "kvpacked", "qkvpacked"),
+    "varlen": (False, True),
+    "dtype": (torch.bfloat16, torch.float16, torch.float32),
+}  # fmt: skip
+LARGE = ((1024, 1023), (1024, 1024), (2048, 2048))  # of the sweep alone
+SAMPLE = 28
+
+
+@dataclass(frozen=True)
+class Case:
+    d: int
+    seqlens: tuple[int, int]
+    kind: str
+    causal: bool
+    local: bool
+    softcap: float
+    alibi: bool
+    layout: str
+    varlen: bool
+    dtype: torch.dtype
+
+    def __str__(self):
+        flags = [f for f in ("causal", "local", "softcap", "alibi", "varlen") if getattr(self, f)]
+        sizes = (f"d{self.d}", "x".join(map(str, self.seqlens)), self.kind, self.layout)
+        return "-".join((*sizes, *flags, str(self.dtype)[6:]))
+
+    def possible(self) -> bool:
+        """Self-attention in one tensor has one length and one number of heads."""
+        same = self.seqlens[0] == self.seqlens[1] and self.kind == "mha"
+        return self.layout != "qkvpacked" or same
+
+
+def sample() -> list[Case]:
+    """Every value of every axis several times, in chance company."""
+    chance = random.Random(0)
+    columns = {
+        name: [v for _ in range(-(-4 * SAMPLE // len(values)))
+               for v in chance.sample(values, len(values))]
+        for name, values in AXES.items()
+    }  # fmt: skip
+    cases = [Case(*row) for row in zip(*columns.values(), strict=False)]
+    return [case for case in cases if case.possible()][:SAMPLE]
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        cases = sample()
+        if metafunc.config.getoption("--flash-sweep"):
+            axes = {**AXES, "seqlens": AXES["seqlens"] + LARGE}
+            cases = [c for row in itertools.product(*axes.values()) if (c := Case(*row)).possible()]
+        metafunc.parametrize("case", cases, ids=str)
+
+
+def expected(q, k, v, case, window, slopes, lengths):
+    """out and lse as flash-attn documents them, dense, in the dtype of q; lengths: (batch, 2)."""
+    heads, heads_k = q.shape[2], k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(heads // heads_k, 1) for x in (k, v))
+    s = q @ k.mT / case.d**0.5
+    if case.softcap:
+        s = case.softcap * torch.tanh(s / case.softcap)
+    n_q, n_k = lengths[:, 0, None, None, None], lengths[:, 1, None, None, None]
+    i = torch.arange(q.shape[2])[:, None] + n_k - n_q
+    j = torch.arange(k.shape[2])
+    if slopes is not None:
+        s = s - slopes[:, :, None, None].to(s.dtype) * (i - j).abs()
+    left, right = window
+    seen = (j < n_k) & (i < n_k)
+    if left >= 0:
+        seen = seen & (j >= i - left)
+    if case.causal or right >= 0:
+        seen = seen & (j <= i + (0 if case.causal else right))
+    s = s.masked_fill(~seen, -torch.inf)
+    blind = ~seen.any(-1, keepdim=True).expand(*s.shape[:-1], 1)
+    p = s.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+    lse = s.masked_fill(blind, 0).logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
+    return (p @ v).transpose(1, 2), lse
+
+
+def call(case, q, k, v, lengths, window, slopes):
+    """(out, lse) of the function that the case is about, padded back where it is varlen."""
+    options = dict(causal=case.causal, window_size=window, softcap=case.softcap,
+                   alibi_slopes=slopes, return_attn_probs=True)  # fmt: skip
+    batch, seqlen_q = q.shape[:2]
+    if not case.varlen:
+        if case.layout == "qkvpacked":
+            out, lse, dmask = gp.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), **options)
+        elif case.layout == "kvpacked":
+            out, lse, dmask = gp.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), **options)
+        else:
+            out, lse, dmask = gp.flash_attn_func(q, k, v, **options)
+        assert dmask.numel() == 0
+        return out, lse
+    valid_q, valid_k = (
+        torch.arange(x.shape[1]) < lengths[:, i, None] for i, x in enumerate((q, k))
+    )
+    q, indices, cu_q, longest_q, _ = unpad_input(q, valid_q)
+    k, _, cu_k, longest_k, used = unpad_input(k, valid_k)
+    v = unpad_input(v, valid_k)[0]
+    assert used.tolist() == lengths[:, 1].tolist() == cu_k.diff().tolist()
+    if case.layout == "qkvpacked":
+        packed = torch.stack((q, k, v), 1)
+        out, lse, _ = gp.flash_attn_varlen_qkvpacked_func(packed, cu_q, longest_q, **options)
+    elif case.layout == "kvpacked":
+        out, lse, _ = gp.flash_attn_varlen_kvpacked_func(
+            q, torch.stack((k, v), 1), cu_q, cu_k, longest_q, longest_k, **options
+        )
+    else:
+        out, lse, _ = gp.flash_attn_varlen_func(
+            q, k, v, cu_q, cu_k, longest_q, longest_k, **options
+        )
+    assert lse.shape == (q.shape[1], q.shape[0])
+    padded = pad_input(lse.T, indices, batch, seqlen_q)
+    return pad_input(out, indices, batch, seqlen_q), padded.transpose(1, 2)
+
+
+def test_shapes_of_flash_attn(case):
+    generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+    batch, heads, (seqlen_q, seqlen_k) = 2, 6, case.seqlens
+    heads_k = {"mha": heads, "mqa": 1, "gqa": 2}[case.kind]
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(case.dtype)
+
+    q = normal(batch, seqlen_q, heads, case.d) * (case.softcap / 10 or 1)
+    k, v = (normal(batch, seqlen_k, heads_k, case.d) for _ in "kv")
+    slopes = torch.rand(batch, heads, generator=generator) * 0.3 if case.alibi else None
+    window = (-1, -1)
+    if case.local:
+        window = tuple(torch.randint(0, seqlen_k, (2,), generator=generator).tolist())
+    lengths = torch.tensor([case.seqlens] * batch)
+    if case.varlen:  # the first sequence is whole, the second shorter, sometimes empty
+        cut = torch.rand(2, generator=generator)
+        lengths[1] = (lengths[1] * (cut[0] if case.layout == "qkvpacked" else cut)).long()
+    valid = torch.arange(seqlen_q) < lengths[:, 0, None]
+    dout = normal(*q.shape) * valid[:, :, None, None]
+
+    def run(dtype, function):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out, lse = function(*leaves)
+        grads = torch.autograd.grad(out, leaves, dout.to(dtype), allow_unused=True)
+        return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True))
+
+    def documented(*leaves):
+        return expected(*leaves, case, window, slopes, lengths)
+
+    got = run(case.dtype, lambda *leaves: call(case, *leaves, lengths, window, slopes))
+    ref, yardstick = run(torch.float64, documented), run(case.dtype, documented)
+    assert got["lse"].dtype == torch.float32 and got["out"].dtype == case.dtype
+    rows = valid[:, None].expand_as(ref["lse"])
+    for result in (got, ref, yardstick):  # lse of a row that is not there says nothing
+        result["lse"] = result["lse"][rows]
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        factor = 2 if name in ("out", "lse") else 3
+        if seqlen_k == 1 and name in ("dq", "dk"):  # exactly 0: the softmax of one key is constant
+            assert ref[name].abs().max() < 1e-12 and got[name].abs().max() < 1e-4
+            continue
+        assert_close_to_oracle(got[name], ref[name], yardstick[name], factor, name)
+
+
+SIGNATURES = {
+    "flash_attn_func": "q k v",
+    "flash_attn_kvpacked_func": "q kv",
+    "flash_attn_qkvpacked_func": "qkv",
+    "flash_attn_varlen_func": "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k",
+    "flash_attn_varlen_kvpacked_func": "q kv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k",
+    "flash_attn_varlen_qkvpacked_func": "qkv cu_seqlens max_seqlen",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_those_of_flash_attn(name):
+    options = {"dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1),
+               "softcap": 0.0, "alibi_slopes": None, "deterministic": False,
+               "return_attn_probs": False}  # fmt: skip
+    if name == "flash_attn_varlen_func":
+        options["block_table"] = None
+    parameters = inspect.signature(getattr(gp, name)).parameters.values()
+    wanted = [(p, inspect.Parameter.empty) for p in SIGNATURES[name].split()]
+    assert [(p.name, p.default) for p in parameters] == [*wanted, *options.items()]
+    assert {p.kind for p in parameters} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def test_lse_has_a_gradient_and_a_tensor_may_be_the_window():
+    q, k, v = torch.randn(3, 2, 9, 4, 16).unbind()
+    q.requires_grad_()
+    out, lse, _ = gp.flash_attn_func(
+        q, k, v, 0.0, 0.1, False, torch.tensor([2, 0]), return_attn_probs=True
+    )
+    other, other_lse = gp.attention(q, k, v, softmax_scale=0.1, window_size=(2, 0), return_lse=True)
+    assert torch.equal(out, other) and torch.equal(lse, other_lse)
+    (grad,) = torch.autograd.grad(lse.sum(), q)
+    (want,) = torch.autograd.grad(other_lse.sum(), q)
+    assert grad.abs().max() > 0 and torch.equal(grad, want)
+
+
+def test_pages_are_the_same_keys():
+    lengths_q, lengths_k, size = [3, 0, 5], [9, 2, 5], 4
+    q = torch.randn(8, 4, 16)
+    pages = [torch.randn(7, size, 2, 16) for _ in "kv"]
+    table = torch.tensor([[6, 0, 2], [3, 5, 5], [1, 4, 5]], dtype=torch.int32)
+    whole = [
+        torch.cat([p[table[b].long()].flatten(0, 1)[:n] for b, n in enumerate(lengths_k)])
+        for p in pages
+    ]
+    cu = [
+        torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32)
+        for n in (lengths_q, lengths_k)
+    ]
+    want = gp.flash_attn_varlen_func(q, *whole, *cu, 5, 9, causal=True)
+    assert torch.equal(
+        gp.flash_attn_varlen_func(q, *pages, *cu, 5, 9, causal=True, block_table=table), want
+    )
+    table[0, 1] = 7
+    with pytest.raises(ValueError, match="block_table must be pages from 0 to 6, got 1 to 7"):
+        gp.flash_attn_varlen_func(q, *pages, *cu, 5, 9, block_table=table)
+    with pytest.raises(ValueError, match="block_table must be 2 pages of 4 keys"):
+        gp.flash_attn_varlen_func(q, *pages, *cu, 5, 9, block_table=table[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(dropout_p=0.1), "dropout_p must be 0.0"),
+        (dict(window_size=(-2, 0)), "window_size must be .*-1 .unbounded. or more"),
+        (dict(window_size=3), "window_size must be a pair"),
+        (dict(window_size=(1.5, 0)), "window_size must be a pair"),
+        (dict(softcap=-1.0), "softcap must be 0"),
+        (dict(alibi_slopes=torch.ones(3)), "alibi_slopes must be"),
+    ],
+)
+def test_bad_options(arguments, message):
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        gp.flash_attn_func(q, q, q, **arguments)
+
+
+def test_bad_packing():
+    q, cu = torch.randn(1, 4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"kv must be \(batch, seqlen, 2, nheads, headdim\)"):
+        gp.flash_attn_kvpacked_func(q, torch.randn(1, 4, 3, 2, 8))
+    with pytest.raises(ValueError, match=r"qkv must be \(batch, seqlen, 3, nheads, headdim\)"):
+        gp.flash_attn_qkvpacked_func(q)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        gp.flash_attn_varlen_func(q[0], q[0], q[0], cu.long(), cu, 4, 4)
