@@ -4,14 +4,15 @@ import ctypes
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from .._errors import CalibrationError, CheckpointError
+from ..formats import QuantizedTensor
 from ..io import bitsandbytes, compressed_tensors
 from . import layer as one_layer
 from .capture import inputs_of
@@ -39,12 +40,26 @@ class BlockModel(Protocol):
     def stored_dtype(self, name: str) -> torch.dtype: ...
     def linears(self, i: int) -> dict[str, nn.Module]: ...
     def get_weight(self, linear: nn.Module) -> torch.Tensor: ...
+    def as_rows(self, linear: nn.Module, weight: torch.Tensor) -> torch.Tensor: ...
     def set_weight(self, linear: nn.Module, weight: torch.Tensor) -> None: ...
+
+
+class Store(Protocol):
+    """Where finished blocks go; `io.resume.ResumableWriter` is one.
+
+    Attributes:
+        finished: the notes of the blocks that an earlier call wrote.
+    """
+
+    finished: list[dict]
+
+    def write(self, tensors: dict[str, torch.Tensor], note: dict) -> None: ...
+    def read(self, n: int) -> Iterable[tuple[str, torch.Tensor]]: ...
 
 
 @dataclass
 class Outcome:
-    """What `compress_blocks` leaves behind beside the tensors it wrote.
+    """What `compress_blocks` leaves behind beside the tensors it wrote; of one block or of all.
 
     Attributes:
         layers: one report for each linear of the blocks, in order.
@@ -56,14 +71,31 @@ class Outcome:
     schemes: dict[str, compressed_tensors.Scheme | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def add(self, other: "Outcome") -> None:
+        self.layers += other.layers
+        self.schemes |= other.schemes
+        self.notes += other.notes
+
+    def to_dict(self) -> dict:
+        """Plain data that `from_dict` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Outcome":
+        schemes = {name: None if scheme is None else compressed_tensors.Scheme(*scheme)
+                   for name, scheme in data["schemes"].items()}  # fmt: skip
+        return cls([LayerReport.from_dict(entry) for entry in data["layers"]], schemes,
+                   data["notes"])  # fmt: skip
+
 
 @torch.no_grad()
 def compress_blocks(
     model: BlockModel,
     recipe: Recipe,
-    write: Callable[[dict[str, torch.Tensor]], None],
+    store: Store,
     *,
     windows: torch.Tensor | None = None,
+    int8: str = "int-quantized",
     progress: Progress | None = None,
 ) -> Outcome:
     """Compresses block after block: run with dense weights to collect Hessians, compress every
@@ -75,9 +107,11 @@ def compress_blocks(
     Args:
         model: where blocks come from.
         recipe: what to do to their linears.
-        write: takes the tensors of each finished block, in the checkpoint's names and dtypes.
+        store: takes the tensors of each finished block, in the checkpoint's names and dtypes. The
+            blocks that it holds already are not computed again, only run.
         windows: int64 (windows, seqlen) token ids; without, layers see no calibration, which
             suffices for recipes that need none.
+        int8: the layout of int8 weights, see `io.compressed_tensors.scheme`.
         progress: called with (blocks finished, blocks in all, what runs now).
 
     Raises:
@@ -89,14 +123,22 @@ def compress_blocks(
     outcome, total = Outcome(), len(model.blocks)
     hidden: list[torch.Tensor] = []
     kwargs: list[list[dict]] = [[] for _ in range(total)]
-    if windows is not None:
+    finished = [Outcome.from_dict(note) for note in store.finished[:total]]
+    if windows is not None and len(finished) < total:
         progress(0, total, "embedding")
         batches = list(windows.split(max(1, _BATCH_TOKENS // windows.shape[1])))
         inputs = model.block_inputs(batches)
         hidden, kwargs = inputs.hidden, inputs.kwargs
     for i, (prefix, _) in enumerate(model.blocks):
         progress(i, total, prefix)
-        write(_compress_block(model, i, recipe, hidden, kwargs[i], outcome))
+        if i < len(finished):
+            one = finished[i]
+            if hidden:
+                _replay_block(model, i, dict(store.read(i)), one, hidden, kwargs[i])
+        else:
+            tensors, one = _compress_block(model, i, recipe, int8, hidden, kwargs[i])
+            store.write(tensors, one.to_dict())
+        outcome.add(one)
         model.free_block(i)
         _give_memory_back()
     progress(total, total, "done")
@@ -108,29 +150,55 @@ def _compress_block(
     model: BlockModel,
     i: int,
     recipe: Recipe,
+    int8: str,
     hidden: list[torch.Tensor],
     kwargs: list[dict],
-    outcome: Outcome,
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], Outcome]:
     """Loads and compresses block i, and replaces its inputs in `hidden` by its outputs; returns the
-    tensors to store."""
+    tensors to store, and what became of them."""
     model.load_block(i)
-    prefix, linears = model.blocks[i][0], model.linears(i)
+    linears, outcome = model.linears(i), Outcome()
     with inputs_of(linears) as hessians:
         for batch, call in zip(hidden, kwargs, strict=True):
             model.forward_block(i, batch, call)
-    stored = _compress_linears(model, linears, hessians, recipe, outcome)
-    if i + 1 < len(model.blocks):
-        for b, call in enumerate(kwargs):
-            hidden[b] = model.forward_block(i, hidden[b], call)
-            if not torch.isfinite(hidden[b].sum()):
-                raise CalibrationError(f"{prefix}: its output holds NaN or infinity")
+    stored = _compress_linears(model, linears, hessians, recipe, int8, outcome)
+    _advance(model, i, hidden, kwargs)
     tensors = model.block_tensors(i)
     _note_untouched(tensors, linears, outcome)
     for name, replacement in stored.items():
         del tensors[f"{name}.weight"]
         tensors |= replacement
-    return tensors
+    return tensors, outcome
+
+
+def _replay_block(
+    model: BlockModel,
+    i: int,
+    tensors: Mapping[str, torch.Tensor],
+    outcome: Outcome,
+    hidden: list[torch.Tensor],
+    kwargs: list[dict],
+) -> None:
+    """Replaces block i's inputs in `hidden` by the outputs of its compressed weights, which are
+    `tensors`, as the call that wrote them did."""
+    model.load_block(i)
+    for name, linear in model.linears(i).items():
+        if name in outcome.schemes:
+            weight = _decode(name, tensors, outcome.schemes[name])
+            weight = weight.dequantize(model.stored_dtype(f"{name}.weight"))
+        else:
+            weight = model.as_rows(linear, tensors[f"{name}.weight"])
+        model.set_weight(linear, weight)
+    _advance(model, i, hidden, kwargs)
+
+
+def _advance(model: BlockModel, i: int, hidden: list[torch.Tensor], kwargs: list[dict]) -> None:
+    if i + 1 == len(model.blocks):
+        return
+    for b, call in enumerate(kwargs):
+        hidden[b] = model.forward_block(i, hidden[b], call)
+        if not torch.isfinite(hidden[b].sum()):
+            raise CalibrationError(f"{model.blocks[i][0]}: its output holds NaN or infinity")
 
 
 def _give_memory_back() -> None:
@@ -180,6 +248,7 @@ def _compress_linears(
     linears: Mapping[str, nn.Module],
     hessians: Mapping[str, Hessian],
     recipe: Recipe,
+    int8: str,
     outcome: Outcome,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Compresses the linears in place; returns the stored tensors of the quantized ones."""
@@ -203,7 +272,7 @@ def _compress_linears(
         model.set_weight(linear, result.weight)
         tensors = None
         if result.qweight is not None:
-            tensors, scheme = _encode(name, result.qweight)
+            tensors, scheme = _encode(name, result.qweight, int8)
             outcome.schemes[name] = scheme
             stored[name] = tensors
         outcome.layers.append(
@@ -213,10 +282,22 @@ def _compress_linears(
     return stored
 
 
-def _encode(name: str, qweight) -> tuple[dict, compressed_tensors.Scheme | None]:
+def _encode(
+    name: str, qweight: QuantizedTensor, int8: str
+) -> tuple[dict[str, torch.Tensor], compressed_tensors.Scheme | None]:
     if qweight.format == "nf4":
         return bitsandbytes.encode(name, qweight), None
-    return compressed_tensors.encode(name, qweight), compressed_tensors.scheme(qweight)
+    tensors = compressed_tensors.encode(name, qweight, int8=int8)
+    return tensors, compressed_tensors.scheme(qweight, int8=int8)
+
+
+def _decode(
+    name: str, tensors: Mapping[str, torch.Tensor], scheme: compressed_tensors.Scheme | None
+) -> QuantizedTensor:
+    """What `_encode` was given."""
+    if scheme is None:
+        return bitsandbytes.decode(name, tensors)
+    return compressed_tensors.decode(name, tensors, scheme)
 
 
 def _report(name, recipe, weight, qweight, error, tokens, seconds, notes) -> LayerReport:

@@ -38,6 +38,11 @@ class LayerReport:
     seconds: float
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def from_dict(cls, data: dict) -> "LayerReport":
+        """Reads what `asdict` gave, also through JSON."""
+        return cls(**{**data, "shape": tuple(data["shape"]), "notes": tuple(data["notes"])})
+
 
 @dataclass(frozen=True)
 class Report:
@@ -92,11 +97,8 @@ class Report:
         if data.get("schema") != SCHEMA:
             raise ValueError(f"report: schema must be {SCHEMA}, got {data.get('schema')!r}")
         values = {f.name: data[f.name] for f in fields(cls)}
-        layers = []
-        for entry in values["layers"]:
-            entry = {**entry, "shape": tuple(entry["shape"]), "notes": tuple(entry["notes"])}
-            layers.append(LayerReport(**entry))
-        values |= {"layers": tuple(layers), "notes": tuple(values["notes"])}
+        layers = tuple(LayerReport.from_dict(entry) for entry in values["layers"])
+        values |= {"layers": layers, "notes": tuple(values["notes"])}
         return cls(**values)
 
     @classmethod

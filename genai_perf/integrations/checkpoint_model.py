@@ -86,6 +86,16 @@ class CheckpointModel:
         used = {source for name in self._shapes for source in self.names.find(name)}
         return [name for name in self.checkpoint.names() if name not in used]
 
+    def check_finite(self) -> None:
+        """Refuses NaN and infinity anywhere in the model's tensors, one tensor in memory at a time.
+
+        Raises:
+            CheckpointError: names the tensor and the place.
+        """
+        for name in self._shapes:
+            for source in self.names.find(name):
+                check_finite(source, self.checkpoint.tensor(source))
+
     @cached_property
     def tokenizer(self):
         """The folder's tokenizer, or None where it has none."""
@@ -139,14 +149,19 @@ class CheckpointModel:
                 if skeleton.is_linear(module)}  # fmt: skip
 
     @staticmethod
-    def get_weight(linear: nn.Module) -> torch.Tensor:
-        """The weight as (out_features, in_features), a view: Conv1D holds it transposed."""
-        return linear.weight.detach().T if skeleton.is_conv1d(linear) else linear.weight.detach()
+    def as_rows(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        """A weight as `linear` holds it -> (out_features, in_features), a view: Conv1D's is
+        transposed."""
+        return weight.T if skeleton.is_conv1d(linear) else weight
+
+    def get_weight(self, linear: nn.Module) -> torch.Tensor:
+        """The weight as (out_features, in_features), a view."""
+        return self.as_rows(linear, linear.weight.detach())
 
     @staticmethod
     def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
         """Replaces the weight by (out_features, in_features) values, kept in the layer's dtype."""
-        value = weight.T.contiguous() if skeleton.is_conv1d(linear) else weight
+        value = (weight.T if skeleton.is_conv1d(linear) else weight).contiguous()
         old = linear.weight
         linear.weight = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)
 

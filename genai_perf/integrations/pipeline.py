@@ -10,14 +10,17 @@ from pathlib import Path
 
 import torch
 
+from .._checks import check_choice
 from .._errors import CalibrationError, CheckpointError
 from .._version import __version__
 from ..compression import calibration as text
 from ..compression.apply import Progress, compress_blocks, quantization_config
 from ..compression.recipe import Recipe
 from ..compression.report import Report
+from ..io import compressed_tensors
 from ..io.checkpoints import CONFIG, Checkpoint
-from ..io.writer import ShardWriter
+from ..io.resume import ResumableWriter
+from ..io.shards import hash_file
 from .transformers import CheckpointModel
 
 
@@ -32,9 +35,15 @@ def compress(
     seed: int = 0,
     device: str = "cpu",
     max_shard_size: int | str = "5GB",
+    int8: str = "int-quantized",
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Compresses a checkpoint folder into a new one that transformers loads, block by block.
+
+    Every finished block is committed to `.<name>.partial` beside dst. A call that was interrupted
+    or killed at any moment goes on from there when it is repeated, and writes the same bytes as if
+    it had not been; a call with other settings is refused.
 
     Args:
         src: dense checkpoint folder: config.json, safetensors, tokenizer.
@@ -48,13 +57,17 @@ def compress(
         seed: of the choice of windows.
         device: where blocks are computed.
         max_shard_size: bytes, or text such as "5GB".
+        int8: the layout of int8 weights, "int-quantized" or "pack-quantized", which vLLM needs; the
+            values are the same.
+        restart: drop the finished blocks of an earlier call.
         progress: called with (blocks finished, blocks in all, what runs now).
 
     Returns:
         Report: also written as dst/report.json.
 
     Raises:
-        CheckpointError: src cannot be read, dst exists, a layer that no checkpoint format holds.
+        CheckpointError: src cannot be read or holds NaN, dst exists, a layer that no checkpoint
+            format holds, an unfinished call with other settings.
         CalibrationError: no text, too little, or a Hessian that cannot be used; names the layer.
         ValueError: a recipe that is not one.
     """
@@ -64,38 +77,52 @@ def compress(
         calibration = text.read_texts(calibration)
     if calibration is None and recipe.needs_calibration:
         raise CalibrationError(f"recipe {recipe.name} needs calibration text, got none")
+    check_choice("compress", "int8", int8, compressed_tensors.INT8_LAYOUTS)
     checkpoint = Checkpoint(src)
-    with ShardWriter(dst, source=src, max_shard_size=max_shard_size) as writer:
-        on_cpu = torch.device(device).type == "cpu"
-        # fp32 on a CPU, which is slow and coarse in half precision; what is stored is in the
-        # checkpoint's dtype either way.
-        model = CheckpointModel(src, dtype=torch.float32 if on_cpu else None, device=device)
-        windows = None
-        if calibration is not None:
-            windows = _windows(model, calibration, max_seqlen, n_samples, seed)
-        nbytes = 0
-
-        def write(tensors: dict[str, torch.Tensor]) -> None:
-            nonlocal nbytes
-            writer.write(tensors)
-            nbytes += sum(tensor.nbytes for tensor in tensors.values())
-
-        outcome = compress_blocks(model, recipe, write, windows=windows, progress=progress)
+    # fp32 on a CPU, which is slow and coarse in half precision; what is stored is in the
+    # checkpoint's dtype either way.
+    on_cpu = torch.device(device).type == "cpu"
+    model = CheckpointModel(src, dtype=torch.float32 if on_cpu else None, device=device)
+    windows = None
+    if calibration is not None:
+        windows = _windows(model, calibration, max_seqlen, n_samples, seed)
+    key = {
+        "source": _hash_files(checkpoint),
+        "recipe": recipe.to_dict(),
+        "calibration": None if windows is None else _describe(windows, seed),
+        "device": str(device),
+        "layout of int8": int8,
+        "max_shard_size": max_shard_size,
+        "versions": _versions(),
+    }
+    with ResumableWriter(dst, key=key, source=src, max_shard_size=max_shard_size,
+                         restart=restart) as writer:  # fmt: skip
+        if not writer.finished:
+            model.check_finite()
+        try:
+            outcome = compress_blocks(model, recipe, writer, windows=windows, int8=int8,
+                                      progress=progress)  # fmt: skip
+        except (CheckpointError, CalibrationError) as error:
+            if not writer.finished:
+                raise
+            raise type(error)(f"{error}; {len(writer.finished)} finished blocks are kept, and the "
+                              f"same call goes on from them") from error  # fmt: skip
         for name, tensor in model.other_tensors():
-            write({name: tensor})
+            if name not in writer:
+                writer.write({name: tensor})
         notes = [f"{name}: not carried over: the model has no such tensor" for name in model.unused]
         report = Report(
             recipe=recipe.to_dict(),
             name=recipe.name,
             source=Path(src).resolve().name,
-            source_hash=_hash_files(checkpoint),
-            calibration=None if windows is None else _describe(windows, seed),
+            source_hash=key["source"],
+            calibration=key["calibration"],
             layers=tuple(outcome.layers),
             nbytes_before=checkpoint.nbytes,
-            nbytes_after=nbytes,
+            nbytes_after=writer.nbytes,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=_peak_rss(),
-            versions=_versions(),
+            versions=key["versions"],
             notes=(*outcome.notes, *notes),
         )
         writer.write_json("report.json", report.to_dict())
@@ -147,9 +174,7 @@ def _describe(windows: torch.Tensor, seed: int) -> dict:
 def _hash_files(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256((checkpoint.path / CONFIG).read_bytes())
     for file in sorted({checkpoint.info(name).file for name in checkpoint.names()}):
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+        digest.update(hash_file(file).encode())
     return digest.hexdigest()
 
 

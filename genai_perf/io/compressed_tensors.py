@@ -28,6 +28,7 @@ from .stored import Stored
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"  # of the library whose layout this is
+INT8_LAYOUTS = ("int-quantized", "pack-quantized")
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 _STRATEGIES = {"channel": -1, "tensor": 0, "block": 128}  # -> QuantizedTensor.group_size
 _GROUP_SIZES = {size: name for name, size in _STRATEGIES.items()}
@@ -61,7 +62,7 @@ def scheme(qt: QuantizedTensor, *, int8: str = "int-quantized") -> Scheme:
     Raises:
         CheckpointError: a format, or a group size, that this dialect cannot hold.
     """
-    check_choice("compressed-tensors", "int8", int8, ("int-quantized", "pack-quantized"))
+    check_choice("compressed-tensors", "int8", int8, INT8_LAYOUTS)
     if qt.format not in BITS or len(qt.shape) != 2:
         raise CheckpointError(f"{METHOD} cannot hold {qt.format} of shape {list(qt.shape)}: it "
                               f"takes 2-d weights in {', '.join(BITS)}")  # fmt: skip

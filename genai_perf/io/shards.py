@@ -6,6 +6,7 @@ each tensor gets a mapping of its own that is unmapped with it: a pass over a ch
 size keeps one tensor resident, where one mapping of the file keeps every page touched so far.
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .._errors import CheckpointError
+from .journal import sync
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -110,20 +112,37 @@ def map_tensor(info: TensorInfo) -> torch.Tensor:
     return data.view(info.dtype).reshape(info.shape)
 
 
-def write_file(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes `tensors` as one safetensors file, one tensor at a time.
+def write_file(file: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """Writes `tensors` as one safetensors file, one tensor at a time, through to the disk.
 
     Args:
         file: path to create.
         tensors: name -> tensor of any strides, on any device; each is copied when its turn comes.
+
+    Returns:
+        str: sha256 of the file.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    digest = hashlib.sha256()
     with open(file, "wb") as stream:
-        stream.write(_pack_header((name, t.dtype, t.shape) for name, t in tensors.items()))
+
+        def put(data) -> None:
+            stream.write(data)
+            digest.update(data)
+
+        put(_pack_header((name, t.dtype, t.shape) for name, t in tensors.items()))
         for tensor in tensors.values():
             if tensor.numel():
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
-                stream.write(memoryview(flat.view(torch.uint8).numpy()))
+                put(memoryview(flat.view(torch.uint8).numpy()))
+        sync(stream)
+    return digest.hexdigest()
+
+
+def hash_file(file: Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def join_files(files: list[Path], target: Path) -> None:
@@ -138,6 +157,7 @@ def join_files(files: list[Path], target: Path) -> None:
                 left = info.nbytes
                 while left:
                     left -= out.write(stream.read(min(left, 1 << 20)))
+        sync(out)
 
 
 def _pack_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:

@@ -55,14 +55,19 @@ class ShardWriter:
         self.max_shard_size = _bytes(max_shard_size)
         if self.dst.exists() or self.dst.is_symlink():
             raise CheckpointError(f"destination {self.dst} exists: name a folder that does not")
-        parent = self.dst.parent
-        if not parent.is_dir():
-            raise CheckpointError(f"destination {self.dst}: folder {parent} does not exist")
+        if not self.dst.parent.is_dir():
+            raise CheckpointError(
+                f"destination {self.dst}: folder {self.dst.parent} does not exist"
+            )
         self._names: set[str] = set()
         self._parts: list[Path] = []
-        with _disk(self.dst):
-            self.folder = parent / f".{self.dst.name}.{secrets.token_hex(4)}.tmp"
-            self.folder.mkdir()
+        with disk(self.dst):
+            self.folder = self._open()
+
+    def _open(self) -> Path:
+        folder = self.dst.parent / f".{self.dst.name}.{secrets.token_hex(4)}.tmp"
+        folder.mkdir()
+        return folder
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -82,13 +87,16 @@ class ShardWriter:
         self._names.update(tensors)
         for group in _fill(tensors, {n: t.nbytes for n, t in tensors.items()}, self.max_shard_size):
             part = self.folder / f"part-{len(self._parts):06d}"
-            with _disk(self.dst):
-                write_file(part, {name: tensors[name] for name in group})
+            with disk(self.dst):
+                self._write_part(part, {name: tensors[name] for name in group})
             self._parts.append(part)
+
+    def _write_part(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write_file(part, tensors)
 
     def write_json(self, name: str, value: dict) -> None:
         """Writes `value` as the file `name` of the folder, such as report.json."""
-        with _disk(self.dst):
+        with disk(self.dst):
             (self.folder / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
     def commit(self, config: dict) -> Path:
@@ -100,7 +108,7 @@ class ShardWriter:
         Returns:
             Path: `dst`.
         """
-        with _disk(self.dst):
+        with disk(self.dst):
             self._assemble()
             if self.source is not None:
                 carry_over(self.source, self.folder)
@@ -111,25 +119,38 @@ class ShardWriter:
         return self.dst
 
     def _assemble(self) -> None:
+        plan = self._plan()
+        weight_map, total = {}, 0
+        for shard, parts in plan.items():
+            self._join([self.folder / part for part in parts], self.folder / shard)
+            header = read_header(self.folder / shard)
+            weight_map |= dict.fromkeys(header, shard)
+            total += sum(info.nbytes for info in header.values())
+        if len(plan) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index["weight_map"] = dict(sorted(weight_map.items()))
+            self.write_json(INDEX, index)
+
+    def _plan(self) -> dict[str, list[str]]:
+        """Shard name -> names of the parts that it is joined from."""
         sizes = {part: sum(i.nbytes for i in read_header(part).values()) for part in self._parts}
         groups = list(_fill(self._parts, sizes, self.max_shard_size))
-        weight_map = {}
-        for number, parts in enumerate(groups, 1):
-            shard = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            shard = SINGLE if len(groups) == 1 else shard
-            weight_map |= {name: shard for part in parts for name in read_header(part)}
-            if len(parts) == 1:
-                parts[0].rename(self.folder / shard)
-            else:
-                join_files(parts, self.folder / shard)
-                for part in parts:
-                    part.unlink()
-        if len(groups) > 1:
-            total, weight_map = (
-                {"total_size": sum(sizes.values())},
-                dict(sorted(weight_map.items())),
-            )
-            self.write_json(INDEX, {"metadata": total, "weight_map": weight_map})
+        names = [
+            f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)
+        ]
+        names = [SINGLE] if len(groups) == 1 else names
+        return {name: [p.name for p in parts] for name, parts in zip(names, groups, strict=True)}
+
+    def _join(self, parts: list[Path], shard: Path) -> None:
+        """Makes the shard of its parts, which go; begun and broken off, it can be begun again."""
+        if not shard.exists() and len(parts) == 1:
+            parts[0].rename(shard)
+        elif not shard.exists():
+            draft = shard.with_suffix(".new")
+            join_files(parts, draft)
+            draft.rename(shard)
+        for part in parts:
+            part.unlink(missing_ok=True)
 
 
 def carry_over(source: Path, folder: Path) -> list[str]:
@@ -177,7 +198,7 @@ def _bytes(size: int | str) -> int:
 
 
 @contextmanager
-def _disk(dst: Path) -> Iterator[None]:
+def disk(dst: Path) -> Iterator[None]:
     """Turns what the operating system refuses into one sentence that names the destination."""
     try:
         yield

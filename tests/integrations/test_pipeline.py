@@ -208,21 +208,6 @@ def test_few_tokens_are_warned_of(saved, tmp_path):
         gp.compress(saved("llama"), tmp_path / "out", "int4-gptq", calibration=IDS[:3, :8])
 
 
-class Stop(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, Stop, RuntimeError])
-def test_nothing_half_written_stays(saved, tmp_path, error):
-    def stop(done, total, what):
-        if done == 2:
-            raise error
-
-    with pytest.raises(error):
-        gp.compress(saved("llama"), tmp_path / "out", "int8-rtn", progress=stop)
-    assert not list(tmp_path.iterdir())
-
-
 def damaged(saved, tmp_path, name, value):
     import shutil
 
