@@ -26,9 +26,19 @@ def command(
         int | None,
         typer.Option(help="Tokens in a window; else 2048, or what the model takes at most."),
     ] = None,
+    int8: Annotated[
+        str, typer.Option(help="Layout of int8 weights: int-quantized, or pack-quantized for vLLM.")
+    ] = "int-quantized",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop the finished blocks of an earlier run.")
+    ] = False,
 ) -> None:
-    """Compress a checkpoint, one decoder block in memory at a time."""
-    with user_errors():
+    """Compress a checkpoint, one decoder block in memory at a time.
+
+    A run that was killed or interrupted goes on from its last finished block when the same command
+    is given again.
+    """
+    with user_errors("interrupted: the same command goes on from the last finished block"):
         need("hf", "transformers")
         import genai_perf as gp
 
@@ -42,10 +52,21 @@ def command(
                 calibration=texts,
                 max_seqlen=max_seqlen,
                 n_samples=samples,
+                int8=int8,
+                restart=restart,
                 progress=lambda done, total, what: stages.update("Blocks", done, total, what),
             )
         Console().print(str(report), markup=False, highlight=False)
         typer.echo(f"{destination}: written")
+        _say_who_serves(destination)
+
+
+def _say_who_serves(destination: Path) -> None:
+    from .. import io
+
+    for target in ("transformers", "vllm"):
+        found = io.validate(destination, target)
+        typer.echo(f"{target}: ok" if found.ok else f"{target}: will refuse it: {found.errors[0]}")
 
 
 def _texts(calibration: Path | None) -> list[str]:

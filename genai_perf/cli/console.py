@@ -19,7 +19,7 @@ from rich.progress import (
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(interrupted: str = "interrupted") -> Iterator[None]:
     """Bad input ends in one sentence and exit code 2; any other exception is a bug and is shown.
 
     CheckpointError and CalibrationError are ValueErrors. An OSError is a file that is missing,
@@ -32,7 +32,7 @@ def user_errors() -> Iterator[None]:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
+        Console(stderr=True).print(interrupted)
         raise typer.Exit(130) from None
 
 

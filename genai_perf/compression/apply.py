@@ -136,8 +136,7 @@ def compress_blocks(
             if hidden:
                 _replay_block(model, i, dict(store.read(i)), one, hidden, kwargs[i])
         else:
-            tensors, one = _compress_block(model, i, recipe, int8, hidden, kwargs[i])
-            store.write(tensors, one.to_dict())
+            one = _compress_block(model, i, recipe, store, int8, hidden, kwargs[i])
         outcome.add(one)
         model.free_block(i)
         _give_memory_back()
@@ -150,12 +149,12 @@ def _compress_block(
     model: BlockModel,
     i: int,
     recipe: Recipe,
+    store: Store,
     int8: str,
     hidden: list[torch.Tensor],
     kwargs: list[dict],
-) -> tuple[dict[str, torch.Tensor], Outcome]:
-    """Loads and compresses block i, and replaces its inputs in `hidden` by its outputs; returns the
-    tensors to store, and what became of them."""
+) -> Outcome:
+    """Loads, compresses and stores block i, and replaces its inputs in `hidden` by its outputs."""
     model.load_block(i)
     linears, outcome = model.linears(i), Outcome()
     with inputs_of(linears) as hessians:
@@ -168,7 +167,8 @@ def _compress_block(
     for name, replacement in stored.items():
         del tensors[f"{name}.weight"]
         tensors |= replacement
-    return tensors, outcome
+    store.write(tensors, outcome.to_dict())
+    return outcome
 
 
 def _replay_block(
