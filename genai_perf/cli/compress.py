@@ -29,6 +29,9 @@ def command(
     int8: Annotated[
         str, typer.Option(help="Layout of int8 weights: int-quantized, or pack-quantized for vLLM.")
     ] = "int-quantized",
+    activations: Annotated[
+        str, typer.Option(help="Where layer inputs live: memory, or disk for files beside DST.")
+    ] = "memory",
     restart: Annotated[
         bool, typer.Option("--restart", help="Drop the finished blocks of an earlier run.")
     ] = False,
@@ -53,6 +56,7 @@ def command(
                 max_seqlen=max_seqlen,
                 n_samples=samples,
                 int8=int8,
+                activations=activations,
                 restart=restart,
                 progress=lambda done, total, what: stages.update("Blocks", done, total, what),
             )

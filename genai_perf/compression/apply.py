@@ -4,7 +4,7 @@ import ctypes
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableSequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class BlockModel(Protocol):
 
     def load_block(self, i: int) -> nn.Module: ...
     def free_block(self, i: int) -> None: ...
-    def block_inputs(self, batches: list[torch.Tensor]) -> Any: ...
+    def block_inputs(self, batches: list[torch.Tensor], into: MutableSequence) -> Any: ...
     def forward_block(self, i: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor: ...
     def block_tensors(self, i: int) -> dict[str, torch.Tensor]: ...
     def stored_dtype(self, name: str) -> torch.dtype: ...
@@ -95,6 +95,7 @@ def compress_blocks(
     store: Store,
     *,
     windows: torch.Tensor | None = None,
+    hidden: MutableSequence[torch.Tensor] | None = None,
     int8: str = "int-quantized",
     progress: Progress | None = None,
 ) -> Outcome:
@@ -111,6 +112,7 @@ def compress_blocks(
             blocks that it holds already are not computed again, only run.
         windows: int64 (windows, seqlen) token ids; without, layers see no calibration, which
             suffices for recipes that need none.
+        hidden: an empty sequence that holds the inputs of a block; None: a list, in memory.
         int8: the layout of int8 weights, see `io.compressed_tensors.scheme`.
         progress: called with (blocks finished, blocks in all, what runs now).
 
@@ -121,14 +123,13 @@ def compress_blocks(
     progress = progress or (lambda done, total, what: None)
     _check_holdable(model, recipe)
     outcome, total = Outcome(), len(model.blocks)
-    hidden: list[torch.Tensor] = []
+    hidden = [] if hidden is None else hidden
     kwargs: list[list[dict]] = [[] for _ in range(total)]
     finished = [Outcome.from_dict(note) for note in store.finished[:total]]
     if windows is not None and len(finished) < total:
         progress(0, total, "embedding")
         batches = list(windows.split(max(1, _BATCH_TOKENS // windows.shape[1])))
-        inputs = model.block_inputs(batches)
-        hidden, kwargs = inputs.hidden, inputs.kwargs
+        kwargs = model.block_inputs(batches, hidden).kwargs
     for i, (prefix, _) in enumerate(model.blocks):
         progress(i, total, prefix)
         if i < len(finished):
@@ -151,7 +152,7 @@ def _compress_block(
     recipe: Recipe,
     store: Store,
     int8: str,
-    hidden: list[torch.Tensor],
+    hidden: MutableSequence[torch.Tensor],
     kwargs: list[dict],
 ) -> Outcome:
     """Loads, compresses and stores block i, and replaces its inputs in `hidden` by its outputs."""
@@ -176,7 +177,7 @@ def _replay_block(
     i: int,
     tensors: Mapping[str, torch.Tensor],
     outcome: Outcome,
-    hidden: list[torch.Tensor],
+    hidden: MutableSequence[torch.Tensor],
     kwargs: list[dict],
 ) -> None:
     """Replaces block i's inputs in `hidden` by the outputs of its compressed weights, which are
@@ -192,13 +193,16 @@ def _replay_block(
     _advance(model, i, hidden, kwargs)
 
 
-def _advance(model: BlockModel, i: int, hidden: list[torch.Tensor], kwargs: list[dict]) -> None:
+def _advance(
+    model: BlockModel, i: int, hidden: MutableSequence[torch.Tensor], kwargs: list[dict]
+) -> None:
     if i + 1 == len(model.blocks):
         return
     for b, call in enumerate(kwargs):
-        hidden[b] = model.forward_block(i, hidden[b], call)
-        if not torch.isfinite(hidden[b].sum()):
+        output = model.forward_block(i, hidden[b], call)
+        if not torch.isfinite(output.sum()):
             raise CalibrationError(f"{model.blocks[i][0]}: its output holds NaN or infinity")
+        hidden[b] = output
 
 
 def _give_memory_back() -> None:

@@ -6,7 +6,7 @@ So there is no code per architecture.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,11 +168,13 @@ class CheckpointModel:
     # --- running -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def block_inputs(self, batches: list[torch.Tensor]) -> BlockInputs:
+    def block_inputs(self, batches: list[torch.Tensor],
+                     into: MutableSequence[torch.Tensor] | None = None) -> BlockInputs:  # fmt: skip
         """Runs the model up to its first block, and its own code around the others.
 
         Args:
             batches: input ids, int64 (batch, seqlen) each, without padding.
+            into: an empty sequence that takes the hidden states; None: a list.
 
         Raises:
             CalibrationError: a token that the model has no embedding for.
@@ -182,7 +184,7 @@ class CheckpointModel:
         outside = self._outside(head=False)
         self._load(outside)
         returns_tuple = self._returns_tuple(batches[0])
-        hidden: list[torch.Tensor] = []
+        hidden = [] if into is None else into
         kwargs: list[list[dict]] = [[] for _ in self.blocks]
 
         def record(i: int, states: torch.Tensor, call: dict):

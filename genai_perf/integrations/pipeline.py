@@ -2,9 +2,11 @@
 
 import hashlib
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -14,13 +16,15 @@ from .._checks import check_choice
 from .._errors import CalibrationError, CheckpointError
 from .._version import __version__
 from ..compression import calibration as text
+from ..compression.activations import OnDisk
 from ..compression.apply import Progress, compress_blocks, quantization_config
 from ..compression.recipe import Recipe
 from ..compression.report import Report
 from ..io import compressed_tensors
 from ..io.checkpoints import CONFIG, Checkpoint
-from ..io.resume import ResumableWriter
+from ..io.resume import ResumableWriter, work_folder
 from ..io.shards import hash_file
+from ..io.writer import disk
 from .transformers import CheckpointModel
 
 
@@ -36,6 +40,7 @@ def compress(
     device: str = "cpu",
     max_shard_size: int | str = "5GB",
     int8: str = "int-quantized",
+    activations: str = "memory",
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -59,6 +64,8 @@ def compress(
         max_shard_size: bytes, or text such as "5GB".
         int8: the layout of int8 weights, "int-quantized" or "pack-quantized", which vLLM needs; the
             values are the same.
+        activations: where the layer inputs of all windows live, 4 bytes x hidden size a token on a
+            CPU: "memory", or "disk" for files beside dst.
         restart: drop the finished blocks of an earlier call.
         progress: called with (blocks finished, blocks in all, what runs now).
 
@@ -78,6 +85,8 @@ def compress(
     if calibration is None and recipe.needs_calibration:
         raise CalibrationError(f"recipe {recipe.name} needs calibration text, got none")
     check_choice("compress", "int8", int8, compressed_tensors.INT8_LAYOUTS)
+    check_choice("compress", "activations", activations, ("memory", "disk"))
+    work_folder(Path(dst))  # before the source is read through
     checkpoint = Checkpoint(src)
     # fp32 on a CPU, which is slow and coarse in half precision; what is stored is in the
     # checkpoint's dtype either way.
@@ -95,13 +104,14 @@ def compress(
         "max_shard_size": max_shard_size,
         "versions": _versions(),
     }
-    with ResumableWriter(dst, key=key, source=src, max_shard_size=max_shard_size,
-                         restart=restart) as writer:  # fmt: skip
+    writer = ResumableWriter(dst, key=key, source=src, max_shard_size=max_shard_size,
+                             restart=restart)  # fmt: skip
+    with writer, _layer_inputs(activations, writer) as hidden:
         if not writer.finished:
             model.check_finite()
         try:
-            outcome = compress_blocks(model, recipe, writer, windows=windows, int8=int8,
-                                      progress=progress)  # fmt: skip
+            outcome = compress_blocks(model, recipe, writer, windows=windows, hidden=hidden,
+                                      int8=int8, progress=progress)  # fmt: skip
         except (CheckpointError, CalibrationError) as error:
             if not writer.finished:
                 raise
@@ -132,6 +142,21 @@ def compress(
             config["quantization_config"] = quantized
         writer.commit(config)
     return report
+
+
+@contextmanager
+def _layer_inputs(where: str, writer: ResumableWriter) -> Iterator[MutableSequence[torch.Tensor]]:
+    if where == "memory":
+        yield []
+        return
+    folder = writer.work / "activations"
+    with disk(writer.dst):
+        shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
+        folder.mkdir()
+        try:
+            yield OnDisk(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _windows(model: CheckpointModel, calibration: Sequence[str] | torch.Tensor,

@@ -8,7 +8,16 @@ import torch
 
 from .journal import Journal
 from .shards import hash_file, map_tensor, read_header, write_file
-from .writer import ShardWriter, disk
+from .writer import ShardWriter, check_destination, disk
+
+
+def work_folder(dst: Path) -> Path:
+    """Where an unfinished `dst` lies; a destination that exists is refused."""
+    work = dst.parent / f".{dst.name}.partial"
+    if dst.exists() and work.exists() and not (work / "folder").exists():
+        shutil.rmtree(work)  # killed after the last rename
+    check_destination(dst)
+    return work
 
 
 class ResumableWriter(ShardWriter):
@@ -41,9 +50,7 @@ class ResumableWriter(ShardWriter):
                  restart: bool = False):  # fmt: skip
         self._key, self._restart = key, restart
         self._digests: dict[Path, str] = {}
-        self.work = Path(dst).parent / f".{Path(dst).name}.partial"
-        if Path(dst).exists() and self.work.exists() and not (self.work / "folder").exists():
-            shutil.rmtree(self.work)  # killed after the last rename
+        self.work = work_folder(Path(dst))
         super().__init__(dst, source=source, max_shard_size=max_shard_size)
 
     @property

@@ -53,12 +53,7 @@ class ShardWriter:
                  max_shard_size: int | str = "5GB"):  # fmt: skip
         self.dst, self.source = Path(dst), None if source is None else Path(source)
         self.max_shard_size = _bytes(max_shard_size)
-        if self.dst.exists() or self.dst.is_symlink():
-            raise CheckpointError(f"destination {self.dst} exists: name a folder that does not")
-        if not self.dst.parent.is_dir():
-            raise CheckpointError(
-                f"destination {self.dst}: folder {self.dst.parent} does not exist"
-            )
+        check_destination(self.dst)
         self._names: set[str] = set()
         self._parts: list[Path] = []
         with disk(self.dst):
@@ -151,6 +146,14 @@ class ShardWriter:
             draft.rename(shard)
         for part in parts:
             part.unlink(missing_ok=True)
+
+
+def check_destination(dst: Path) -> None:
+    """Refuses a destination that exists, or whose parent does not."""
+    if dst.exists() or dst.is_symlink():
+        raise CheckpointError(f"destination {dst} exists: name a folder that does not")
+    if not dst.parent.is_dir():
+        raise CheckpointError(f"destination {dst}: folder {dst.parent} does not exist")
 
 
 def carry_over(source: Path, folder: Path) -> list[str]:
