@@ -42,6 +42,7 @@ _SUBMODULES = (
     "formats",
     "integrations",
     "io",
+    "neuron",
     "nn",
     "ops",
     "testing",

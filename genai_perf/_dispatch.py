@@ -100,7 +100,8 @@ class Op:
         reasons = {}
         preferred = (CONFIG.backend,) if CONFIG.backend in self.backends else ()
         for name in preferred + self.backends:
-            reasons[name] = self.why_not(name, args)
+            unasked = None if name in preferred else _unasked(name, args)
+            reasons[name] = unasked or self.why_not(name, args)
             if reasons[name] is None:
                 if name == "reference" and name not in preferred and not quiet:
                     self._warn(args, reasons)
@@ -120,6 +121,14 @@ class Op:
     def _run(self, *args, backend: str | None = None):
         chosen = self._choose(args, backend)
         return getattr(self._module(chosen), self.entry)(*args)
+
+
+def _unasked(backend: str, args: tuple) -> str | None:
+    """Why a backend that could run is not chosen by itself, or None."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if backend == "nki" and all(t.device.type == "cpu" for t in tensors):
+        return "nki runs on the CPU, in an interpreter or simulator, only where it is named"
+    return None
 
 
 def _sentence(reasons: dict[str, str | None]) -> str:

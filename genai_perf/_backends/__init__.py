@@ -5,7 +5,7 @@ Each file exports `unavailable() -> str | None`: one sentence if the toolchain i
 
 from importlib import import_module
 
-BACKENDS = ("triton", "cuda", "native", "reference")
+BACKENDS = ("triton", "cuda", "nki", "native", "reference")
 
 
 def backends() -> dict[str, str | None]:

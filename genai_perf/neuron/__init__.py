@@ -1,0 +1,1 @@
+"""AWS Neuron: the NKI interpreter, host detection, metrics, export for serving."""
