@@ -25,7 +25,7 @@ from ..io.checkpoints import CONFIG, Checkpoint
 from ..io.resume import ResumableWriter, work_folder
 from ..io.shards import hash_file
 from ..io.writer import disk
-from .transformers import CheckpointModel
+from .checkpoint_model import CheckpointModel
 
 
 def compress(
