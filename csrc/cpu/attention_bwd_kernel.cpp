@@ -8,6 +8,7 @@
 #include <sched.h>
 
 #include "common/parallel.h"
+#include "common/workspace.h"
 #include "cpu/attention_score.h"
 
 namespace gp {
@@ -21,6 +22,7 @@ struct Backward {
   const AttentionShape& s;
   int64_t block_n, dq_stride, max_blocks_k;
   int64_t* tiles_before;  // (batch + 1): blocks of queries of the sequences before b
+  bool dq_in_place;       // dQ gathers in the output, else in `dq`
   float *delta, *dq;      // rows as in lse; dq has dq_stride columns
   double* dsinks;         // by block of queries
   int* turn;              // by block of queries: the block of keys that may add to dQ next
@@ -28,7 +30,9 @@ struct Backward {
   Backward(const AttentionBwdArgs& args, int64_t* counts)
       : a(args), s(args.shape),
         block_n(max64(s.dim, s.dim_v) <= 128 ? 192 : max64(s.dim, s.dim_v) <= 256 ? 96 : 48),
-        dq_stride(round_up(s.dim, VL)), max_blocks_k(0), tiles_before(counts) {
+        dq_stride(round_up(s.dim, VL)), max_blocks_k(0), tiles_before(counts),
+        dq_in_place(s.dtype == DType::f32 && s.dim % VL == 0) {
+    if (dq_in_place) dq_stride = a.dq.seq;
     tiles_before[0] = 0;
     for (int64_t b = 0; b < s.batch; ++b) {
       const Sequence seq(s, b);
@@ -42,6 +46,13 @@ struct Backward {
     return tiles_before[b] * s.heads + h * tiles(b) + block_q;
   }
   int64_t row(int64_t b, int64_t h, int64_t i) const { return b * s.lse_batch + h * s.lse_head + i; }
+  float* dq_row(int64_t b, int64_t h, int64_t i) const {
+    if (dq_in_place) return static_cast<float*>(at(a.dq, b, i, h, s.dtype));
+    return dq + row(b, h, i) * dq_stride;
+  }
+  void store_dq(int64_t b, int64_t h, int64_t i) const {
+    if (!dq_in_place) store_row(at(a.dq, b, i, h, s.dtype), dq_row(b, h, i), s.dim, s.dtype);
+  }
   // The blocks of keys that a block of queries sees; last < first if none.
   int64_t first_block(const Visible& visible, int64_t block_q) const {
     return visible.lo(block_q * BLOCK_M) / block_n;
@@ -114,9 +125,8 @@ void prepare(const Backward& w, int64_t item, float* line) {
     // The sink is a key whose value is 0: its dP is 0. Without a sink it is -inf.
     if (sink != -INFINITY) dsink -= double(__builtin_expf(sink - w.a.lse[at_row])) * delta;
     if (blind) {
-      float* dq = w.dq + at_row * w.dq_stride;
-      fill(dq, s.dim, 0.0f);
-      store_row(at(w.a.dq, b, row, h, s.dtype), dq, s.dim, s.dtype);
+      fill(w.dq_row(b, h, row), s.dim, 0.0f);
+      w.store_dq(b, h, row);
     }
   }
   w.dsinks[item] = dsink;
@@ -210,13 +220,12 @@ void run_pair(const Backward& w, const Work& t, const Sequence& seq, const Visib
                     t.stride_k, t.dk, t.stride_k, by_key, true);
   int* turn = w.turn + w.tile(pair.b, pair.h, block_q);
   while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != block_k) sched_yield();
-  float* dq = w.dq + w.row(pair.b, pair.h, row) * w.dq_stride;
   product_sum<false>(pair.rows, round_up(s.dim, VL), t.dscores, t.score_stride, t.keys, t.stride_k,
-                     dq, w.dq_stride, by_query, block_k != w.first_block(visible, block_q));
+                     w.dq_row(pair.b, pair.h, row), w.dq_stride, by_query,
+                     block_k != w.first_block(visible, block_q));
   __atomic_store_n(turn, int(block_k + 1), __ATOMIC_RELEASE);
   if (block_k == w.last_block(visible, block_q, seq.len_q))
-    for (int64_t r = 0; r < pair.rows; ++r)
-      store_row(at(w.a.dq, pair.b, row + r, pair.h, s.dtype), dq + r * w.dq_stride, s.dim, s.dtype);
+    for (int64_t r = 0; r < pair.rows; ++r) w.store_dq(pair.b, pair.h, row + r);
 }
 
 void run_keys(const Backward& w, const Work& t, int64_t b, int64_t head_k, int64_t block_k) {
@@ -257,15 +266,17 @@ bool attention_bwd(const AttentionBwdArgs& a) {
   const int64_t tiles = w.tiles_before[s.batch] * s.heads;
   const int64_t rows = s.cu_seqlens_q ? s.heads * s.lse_head : s.batch * s.lse_batch;
   const int64_t thread_size = Work::size(w);
-  Scratch thread_memory(s.threads * thread_size * 4), delta(rows * 4);
-  Scratch dq(rows * w.dq_stride * 4), turn(tiles * 4), dsinks(tiles * 8);
-  if (!thread_memory.ok() || !delta.ok() || !dq.ok() || !turn.ok() || !dsinks.ok()) return false;
-  w.delta = delta.as<float>();
-  w.dq = dq.as<float>();
+  const int64_t thread_sizes = s.threads * round_up(thread_size, 16), deltas = round_up(rows, 16);
+  Workspace floats((thread_sizes + deltas + (w.dq_in_place ? 0 : rows * w.dq_stride)) * 4);
+  Scratch turn(tiles * 4), dsinks(tiles * 8);
+  if (!floats.ok() || !turn.ok() || !dsinks.ok()) return false;
+  float* const thread_memory = floats.as<float>();
+  w.delta = thread_memory + thread_sizes;
+  w.dq = w.delta + deltas;
   w.turn = turn.as<int>();
   w.dsinks = dsinks.as<double>();
   parallel_for(tiles, s.threads, [&](int64_t item, int thread) {
-    prepare(w, item, thread_memory.as<float>() + thread * thread_size);
+    prepare(w, item, thread_memory + thread * round_up(thread_size, 16));
   });
   // All first blocks of keys, then the second ones: threads rarely meet in one dQ, and with a causal
   // mask the heavy items come first. An item has the sequences and heads that share one gradient of
@@ -273,7 +284,7 @@ bool attention_bwd(const AttentionBwdArgs& a) {
   const bool all_batches = a.dbias && a.dbias_batch == 0, all_heads = a.dbias && a.dbias_head == 0;
   const int64_t batches = all_batches ? 1 : s.batch, heads = all_heads ? 1 : s.heads_k;
   parallel_for(w.max_blocks_k * batches * heads, s.threads, [&](int64_t item, int thread) {
-    const Work work(w, thread_memory.as<float>() + thread * thread_size);
+    const Work work(w, thread_memory + thread * round_up(thread_size, 16));
     const int64_t block = item / (batches * heads), b = item / heads % batches, h = item % heads;
     for (int64_t i = 0; i < (all_batches ? s.batch : 1); ++i)
       for (int64_t j = 0; j < (all_heads ? s.heads_k : 1); ++j)

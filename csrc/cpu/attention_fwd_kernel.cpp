@@ -1,8 +1,10 @@
 // Forward: out = softmax(scale q k^T) v by tiles with an online softmax.
 //
-// Keys and values are packed to fp32 once per (sequence, key head), then each work item takes a tile
-// of queries of one head over the blocks of keys that it sees.
+// A work item is a few tiles of queries that share a key head. It walks over their keys by blocks: each
+// is packed to fp32 into the thread's scratch, where it stays in the L2 cache while the tiles take it in
+// turn. Packing costs a twentieth of what one tile does with a block.
 #include "common/parallel.h"
+#include "common/workspace.h"
 #include "cpu/attention_score.h"
 
 namespace gp {
@@ -10,72 +12,66 @@ namespace GP_ISA {
 namespace {
 
 constexpr int64_t BLOCK_M = 96;
+constexpr int64_t ITEM_ROWS = 4 * BLOCK_M;
 
-// How the sequences are cut; `*_before[b]` counts what the sequences before b have.
+// How the sequences are cut. The tiles of a key head are those of its group's query heads: from the last
+// queries to the first, and for the same queries head by head.
 struct Cut {
   const AttentionFwdArgs& a;
-  int64_t block_n;  // keys and values of a block stay in the L2 cache
-  int64_t *tiles_before, *blocks_before;
-  int64_t value_stride, key_size, value_size;  // floats of a row of values, of packed blocks
-  float *keys, *values;
+  const AttentionShape& s;
+  int64_t block_n;       // keys of a block
+  int64_t item_rows;     // queries of an item, at most
+  int64_t* items_before;  // (batch + 1): items of one key head in the sequences before b
+  int64_t query_stride, score_stride, value_stride;  // floats of a row
 
   Cut(const AttentionFwdArgs& args, int64_t* counts)
-      : a(args), block_n(max64(s().dim, s().dim_v) <= 128 ? 256 : s().dim <= 256 ? 128 : 64),
-        tiles_before(counts), blocks_before(counts + s().batch + 1),
-        value_stride(row_stride(s().dim_v)) {
-    int64_t longest = 0;
-    tiles_before[0] = blocks_before[0] = 0;
-    for (int64_t b = 0; b < s().batch; ++b) {
-      const Sequence seq(s(), b);
-      tiles_before[b + 1] = tiles_before[b] + (seq.len_q + BLOCK_M - 1) / BLOCK_M;
-      blocks_before[b + 1] = blocks_before[b] + (seq.len_k + block_n - 1) / block_n;
-      longest = max64(longest, seq.len_k);
-    }
-    const int64_t rows = min64(block_n, round_up(longest, 16));
-    key_size = rows * s().dim;
-    value_size = rows * value_stride;
+      : a(args), s(args.shape),
+        block_n(max64(s.dim, s.dim_v) <= 128 ? 256 : s.dim <= 256 ? 128 : 64),
+        items_before(counts), query_stride(row_stride(s.dim)), score_stride(block_n + ROW_PAD),
+        value_stride(row_stride(s.dim_v)) {
+    int64_t tiles = 0;
+    for (int64_t b = 0; b < s.batch; ++b) tiles += tiles_of(Sequence(s, b)) * s.heads;
+    // Several items for each thread, so that they end together.
+    const int64_t share = tiles / (4 * int64_t(s.threads));
+    item_rows = min64(max64(share, 1) * BLOCK_M, ITEM_ROWS);
+    items_before[0] = 0;
+    for (int64_t b = 0; b < s.batch; ++b)
+      items_before[b + 1] = items_before[b] + items_of(Sequence(s, b));
   }
 
-  const AttentionShape& s() const { return a.shape; }
-  int64_t blocks() const { return blocks_before[s().batch] * s().heads_k; }
-  int64_t tiles() const { return tiles_before[s().batch] * s().heads; }
-  // The packed blocks of a sequence and key head follow each other.
-  int64_t first_block(int64_t b, int64_t head_k) const {
-    return blocks_before[b] * s().heads_k + head_k * (blocks_before[b + 1] - blocks_before[b]);
-  }
-
-  void pack(int64_t item, float* lines) const {
-    const int64_t b = find_sequence(blocks_before, s().heads_k, s().batch, item);
-    const Sequence seq(s(), b);
-    const int64_t in_sequence = blocks_before[b + 1] - blocks_before[b];
-    const int64_t rest = item - blocks_before[b] * s().heads_k;
-    const int64_t h = rest / in_sequence, k0 = rest % in_sequence * block_n;
-    const int64_t rows = min64(block_n, seq.len_k - k0), row = seq.first_k + k0;
-    pack_transposed(keys + item * key_size, round_up(rows, VL), at(a.k, b, row, h, s().dtype),
-                    a.k.seq, rows, s().dim, s().dtype, lines);
-    pack_rows(values + item * value_size, value_stride, round_up(s().dim_v, VL),
-              at(a.v, b, row, h, s().dtype), a.v.seq, rows, s().dim_v, s().dtype, 1.0f);
+  int64_t group() const { return s.heads / s.heads_k; }
+  int64_t items() const { return items_before[s.batch] * s.heads_k; }
+  static int64_t tiles_of(const Sequence& seq) { return (seq.len_q + BLOCK_M - 1) / BLOCK_M; }
+  int64_t items_of(const Sequence& seq) const {
+    if (seq.len_q == 0) return 0;
+    const int64_t tiles_of_item = item_rows / min64(seq.len_q, BLOCK_M);
+    return (tiles_of(seq) * group() + tiles_of_item - 1) / tiles_of_item;
   }
 };
 
-// The running state of a tile of queries, in one thread's scratch.
-struct Tile {
-  int64_t query_stride, score_stride, out_stride;
-  float *queries, *scores, *out, *max, *sum, *line;
+struct Tile {  // of queries of one head, its running state at row `at` of the item's
+  int64_t h, q0, rows, at;
+};
 
-  Tile(const Cut& cut, float* memory)
-      : query_stride(row_stride(cut.s().dim)), score_stride(cut.block_n + ROW_PAD),
-        out_stride(row_stride(cut.s().dim_v)) {
-    queries = memory;
-    scores = queries + BLOCK_M * query_stride;
-    out = scores + BLOCK_M * score_stride;
-    max = out + BLOCK_M * out_stride;
-    sum = max + BLOCK_M;
-    line = sum + BLOCK_M;
-  }
-  static int64_t size(const Cut& cut) {
-    const int64_t rows = row_stride(cut.s().dim) + cut.block_n + ROW_PAD + row_stride(cut.s().dim_v);
-    return BLOCK_M * (rows + 2) + cut.block_n;
+// One thread's scratch.
+struct Work {
+  float *keys, *values, *scores, *queries, *out, *max, *sum, *line;
+  int64_t size = 0;
+
+  Work(const Cut& cut, float* memory) {
+    auto take = [&](int64_t floats) {
+      float* p = memory ? memory + size : nullptr;
+      size += round_up(floats, 16);
+      return p;
+    };
+    keys = take(cut.block_n * cut.s.dim);
+    values = take(cut.block_n * cut.value_stride);
+    scores = take(BLOCK_M * cut.score_stride);
+    queries = take(cut.item_rows * cut.query_stride);
+    out = take(cut.item_rows * cut.value_stride);
+    max = take(cut.item_rows);
+    sum = take(cut.item_rows);
+    line = take(max64(cut.block_n, PACK_ROWS * cut.s.dim));
   }
 };
 
@@ -103,95 +99,134 @@ __attribute__((noinline)) float exp_row(float* x, int64_t n, float max) {
   return v_sum(v_add(sum, sum2));
 }
 
-// scores[lo, hi) become probabilities against the new row maximum; what the row gathered before is
-// rescaled. lo and hi are multiples of VL, and what the row does not see in them holds -inf.
-void softmax_row(const Tile& t, int64_t r, int64_t lo, int64_t hi, int64_t cols_v) {
-  float* x = t.scores + r * t.score_stride;
-  vf top = v_set(t.max[r]);
-  for (int64_t j = lo; j < hi; j += VL) top = v_max(top, v_load(x + j));
-  const float max = v_hmax(top), base = max == -INFINITY ? 0.0f : max;
-  const float sum = exp_row(x + lo, hi - lo, base);
-  if (max != t.max[r]) {
-    const float rescale = __builtin_expf(t.max[r] - base);
-    t.sum[r] *= rescale;
-    scale_row(t.out + r * t.out_stride, cols_v, rescale);
-    t.max[r] = max;
+// The scores of a strip of up to MR rows from row r on, between columns lo and hi, become probabilities
+// against the new row maxima; what the rows gathered before is rescaled. lo and hi are multiples of VL,
+// and what a row does not see in them holds -inf.
+void softmax_strip(const Cut& cut, const Work& w, const Tile& t, int64_t r, int64_t n, int64_t lo,
+                   int64_t hi) {
+  float top[MR];
+  for (int64_t i = 0; i < n; ++i) {
+    const float* x = w.scores + (r + i) * cut.score_stride;
+    vf v = v_set(w.max[t.at + r + i]);
+    for (int64_t j = lo; j < hi; j += VL) v = v_max(v, v_load(x + j));
+    top[i] = v_hmax(v);
   }
-  t.sum[r] += sum;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t row = t.at + r + i;
+    const float base = top[i] == -INFINITY ? 0.0f : top[i];
+    const float sum = exp_row(w.scores + (r + i) * cut.score_stride + lo, hi - lo, base);
+    if (top[i] != w.max[row]) {
+      const float rescale = __builtin_expf(w.max[row] - base);
+      w.sum[row] *= rescale;
+      scale_row(w.out + row * cut.value_stride, round_up(cut.s.dim_v, VL), rescale);
+      w.max[row] = top[i];
+    }
+    w.sum[row] += sum;
+  }
 }
 
-void run_tile(const Cut& cut, const Tile& t, int64_t b, int64_t h, int64_t q0) {
-  const AttentionFwdArgs& a = cut.a;
-  const AttentionShape& s = a.shape;
-  const Sequence seq(s, b);
-  const Visible visible(s, seq);
-  const ScoreRule rule(s, seq, b, h);
-  const int64_t rows = min64(BLOCK_M, seq.len_q - q0), row0 = seq.first_q + q0;
-  const int64_t cols_v = round_up(s.dim_v, VL);
-  const int64_t first = cut.first_block(b, h / (s.heads / s.heads_k));
-  pack_rows(t.queries, t.query_stride, s.dim, at(a.q, b, row0, h, s.dtype), a.q.seq, rows, s.dim,
-            s.dtype, s.scale);
-  const float sink = sink_of(s, h);
-  fill(t.max, rows, sink);
-  fill(t.sum, rows, sink == -INFINITY ? 0.0f : 1.0f);
-  fill(t.out, rows * t.out_stride, 0.0f);
-  const int64_t end = visible.hi(q0 + rows - 1);
-  for (int64_t block = visible.lo(q0) / cut.block_n; block * cut.block_n < end; ++block) {
-    const int64_t k0 = block * cut.block_n, cols = min64(cut.block_n, seq.len_k - k0);
-    Bounds bounds;
-    if (!query_bounds(bounds, visible, q0, rows, k0, cols)) continue;
-    product_scores(rows, round_up(cols, VL), s.dim, t.queries, t.query_stride,
-                   cut.keys + (first + block) * cut.key_size, t.scores, t.score_stride, bounds);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t from = bounds.lo[r / MR] / VL * VL, to = round_up(bounds.hi[r / MR], VL);
-      if (from >= to) continue;
-      float* x = t.scores + r * t.score_stride;
-      const int64_t lo = min64(max64(visible.lo(q0 + r) - k0, from), to);
-      const int64_t hi = max64(min64(visible.hi(q0 + r) - k0, to), lo);
-      if (rule.any) rule.apply(x, q0 + r, k0, lo, hi, nullptr, t.line);
+void begin_tile(const Cut& cut, const Work& w, const Sequence& seq, int64_t b, const Tile& t) {
+  const AttentionShape& s = cut.s;
+  pack_rows(w.queries + t.at * cut.query_stride, cut.query_stride, s.dim,
+            at(cut.a.q, b, seq.first_q + t.q0, t.h, s.dtype), cut.a.q.seq, t.rows, s.dim, s.dtype,
+            s.scale);
+  const float sink = sink_of(s, t.h);
+  fill(w.max + t.at, t.rows, sink);
+  fill(w.sum + t.at, t.rows, sink == -INFINITY ? 0.0f : 1.0f);
+  fill(w.out + t.at * cut.value_stride, t.rows * cut.value_stride, 0.0f);
+}
+
+// One packed block of keys; `bounds` are those of the tile in it.
+void add_block(const Cut& cut, const Work& w, const Sequence& seq, const Visible& visible, int64_t b,
+               const Tile& t, int64_t k0, int64_t cols,
+               const Bounds& bounds) {
+  const AttentionShape& s = cut.s;
+  const ScoreRule rule(s, seq, b, t.h);
+  product_scores(t.rows, round_up(cols, VL), s.dim, w.queries + t.at * cut.query_stride,
+                 cut.query_stride, w.keys, w.scores, cut.score_stride, bounds);
+  for (int64_t r = 0; r < t.rows; r += MR) {
+    const int64_t n = min64(MR, t.rows - r);
+    const int64_t from = bounds.lo[r / MR] / VL * VL, to = round_up(bounds.hi[r / MR], VL);
+    if (from >= to) continue;
+    for (int64_t i = r; i < r + n; ++i) {
+      float* x = w.scores + i * cut.score_stride;
+      const int64_t lo = min64(max64(visible.lo(t.q0 + i) - k0, from), to);
+      const int64_t hi = max64(min64(visible.hi(t.q0 + i) - k0, to), lo);
+      if (rule.any) rule.apply(x, t.q0 + i, k0, lo, hi, nullptr, w.line);
       fill(x + from, lo - from, -INFINITY);
       fill(x + hi, to - hi, -INFINITY);
-      softmax_row(t, r, from, to, cols_v);
     }
-    product_sum<false>(rows, cols_v, t.scores, t.score_stride,
-                       cut.values + (first + block) * cut.value_size, cut.value_stride, t.out,
-                       t.out_stride, bounds, true);
+    softmax_strip(cut, w, t, r, n, from, to);
   }
-  float* lse = a.lse + b * s.lse_batch + h * s.lse_head + row0;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* out = t.out + r * t.out_stride;
-    const float sum = t.sum[r];
+  product_sum<false>(t.rows, round_up(s.dim_v, VL), w.scores, cut.score_stride, w.values,
+                     cut.value_stride, w.out + t.at * cut.value_stride, cut.value_stride, bounds, true);
+}
+
+void end_tile(const Cut& cut, const Work& w, const Sequence& seq, int64_t b, const Tile& t) {
+  const AttentionShape& s = cut.s;
+  const int64_t row0 = seq.first_q + t.q0;
+  float* lse = cut.a.lse + b * s.lse_batch + t.h * s.lse_head + row0;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    float* out = w.out + (t.at + r) * cut.value_stride;
+    const float sum = w.sum[t.at + r];
     scale_row(out, s.dim_v, sum == 0.0f ? 0.0f : 1.0f / sum);
-    store_row(at(a.out, b, row0 + r, h, s.dtype), out, s.dim_v, s.dtype);
-    lse[r] = sum == 0.0f ? -INFINITY : float(double(t.max[r]) + __builtin_log(double(sum)));
+    store_row(at(cut.a.out, b, row0 + r, t.h, s.dtype), out, s.dim_v, s.dtype);
+    lse[r] = sum == 0.0f ? -INFINITY : float(double(w.max[t.at + r]) + __builtin_log(double(sum)));
   }
+}
+
+void run_item(const Cut& cut, const Work& w, int64_t item) {
+  const AttentionShape& s = cut.s;
+  const int64_t b = find_sequence(cut.items_before, s.heads_k, s.batch, item);
+  const Sequence seq(s, b);
+  const Visible visible(s, seq);
+  // Within a sequence the first items of all heads come first: with a causal mask the heavy ones.
+  const int64_t rest = item - cut.items_before[b] * s.heads_k, head_k = rest % s.heads_k;
+  const int64_t group = cut.group(), tiles = cut.tiles_of(seq) * group, items = cut.items_of(seq);
+  const int64_t begin = rest / s.heads_k * tiles / items, end = (rest / s.heads_k + 1) * tiles / items;
+  Tile tile[ITEM_ROWS];
+  int64_t count = 0, at = 0, lo = seq.len_k, hi = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t q0 = (tiles / group - 1 - i / group) * BLOCK_M;
+    const Tile t{head_k * group + i % group, q0, min64(BLOCK_M, seq.len_q - q0), at};
+    begin_tile(cut, w, seq, b, t);
+    lo = min64(lo, visible.lo(q0));
+    hi = max64(hi, visible.hi(q0 + t.rows - 1));
+    at += t.rows;
+    tile[count++] = t;
+  }
+  for (int64_t k0 = lo / cut.block_n * cut.block_n; k0 < hi; k0 += cut.block_n) {
+    const int64_t cols = min64(cut.block_n, seq.len_k - k0), row = seq.first_k + k0;
+    bool packed = false;
+    for (int64_t i = 0; i < count; ++i) {
+      Bounds bounds;
+      if (!query_bounds(bounds, visible, tile[i].q0, tile[i].rows, k0, cols)) continue;
+      if (!packed) {
+        pack_transposed(w.keys, round_up(cols, VL), gp::GP_ISA::at(cut.a.k, b, row, head_k, s.dtype),
+                        cut.a.k.seq, cols, s.dim, s.dtype, w.line);
+        pack_rows(w.values, cut.value_stride, round_up(s.dim_v, VL),
+                  gp::GP_ISA::at(cut.a.v, b, row, head_k, s.dtype), cut.a.v.seq, cols, s.dim_v,
+                  s.dtype, 1.0f);
+        packed = true;
+      }
+      add_block(cut, w, seq, visible, b, tile[i], k0, cols, bounds);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) end_tile(cut, w, seq, b, tile[i]);
 }
 
 }  // namespace
 
 bool attention_fwd(const AttentionFwdArgs& a) {
   const AttentionShape& s = a.shape;
-  Scratch counts(2 * (s.batch + 1) * 8);
+  Scratch counts((s.batch + 1) * 8);
   if (!counts.ok()) return false;
-  Cut cut(a, counts.as<int64_t>());
-  const int64_t thread_size = max64(Tile::size(cut), PACK_ROWS * s.dim);
-  Scratch key_memory(cut.blocks() * cut.key_size * 4);
-  Scratch value_memory(cut.blocks() * cut.value_size * 4);
-  Scratch thread_memory(s.threads * thread_size * 4);
-  if (!key_memory.ok() || !value_memory.ok() || !thread_memory.ok()) return false;
-  cut.keys = key_memory.as<float>();
-  cut.values = value_memory.as<float>();
-  if (cut.tiles() == 0) return true;
-  parallel_for(cut.blocks(), s.threads, [&](int64_t item, int thread) {
-    cut.pack(item, thread_memory.as<float>() + thread * thread_size);
-  });
-  // Within a head the last tiles come first: with a causal mask they are the heavy ones.
-  parallel_for(cut.tiles(), s.threads, [&](int64_t item, int thread) {
-    const int64_t b = find_sequence(cut.tiles_before, s.heads, s.batch, item);
-    const int64_t tiles = cut.tiles_before[b + 1] - cut.tiles_before[b];
-    const int64_t rest = item - cut.tiles_before[b] * s.heads;
-    run_tile(cut, Tile(cut, thread_memory.as<float>() + thread * thread_size), b, rest / tiles,
-             (tiles - 1 - rest % tiles) * BLOCK_M);
+  const Cut cut(a, counts.as<int64_t>());
+  const int64_t thread_size = Work(cut, nullptr).size;
+  Workspace memory(s.threads * thread_size * 4);
+  if (!memory.ok()) return false;
+  parallel_for(cut.items(), s.threads, [&](int64_t item, int thread) {
+    run_item(cut, Work(cut, memory.as<float>() + thread * thread_size), item);
   });
   return true;
 }

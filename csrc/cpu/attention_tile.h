@@ -68,6 +68,8 @@ static inline void strip(int64_t rows, int64_t depth, const float* a, int64_t ld
   const int64_t step = TRANSPOSED ? 1 : lda;
   for (; rows >= 4; rows -= 4, a += 4 * step, c += 4 * ldc)
     micro<4, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
+  for (; rows >= 2; rows -= 2, a += 2 * step, c += 2 * ldc)
+    micro<2, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
   for (; rows > 0; --rows, a += step, c += ldc)
     micro<1, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
 }
@@ -129,10 +131,19 @@ static inline void fill(float* x, int64_t n, float value) {
   for (int64_t i = 0; i < n; ++i) x[i] = value;
 }
 
-// Rows of a tensor as fp32 times `factor`, zero up to `padded` columns; rows `rows..padded_rows` are 0.
+// A row that will be read soon. Rows of one head lie pages apart, where no hardware prefetcher follows.
+static inline void prefetch_row(const void* row, int64_t dim, DType type) {
+  const char* p = static_cast<const char*>(row);
+  const int64_t bytes = dim * (type == DType::f32 ? 4 : 2);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+constexpr int64_t AHEAD = 8;  // rows
+
+// Rows of a tensor as fp32 times `factor`, zero up to `padded` columns.
 static void pack_rows(float* dst, int64_t ld, int64_t padded, const void* src, int64_t stride,
                       int64_t rows, int64_t dim, DType type, float factor) {
   for (int64_t r = 0; r < rows; ++r, dst += ld) {
+    if (r + AHEAD < rows) prefetch_row(offset(src, (r + AHEAD) * stride, type), dim, type);
     load_row(dst, offset(src, r * stride, type), dim, type);
     if (factor != 1.0f) scale_row(dst, dim, factor);
     fill(dst + dim, padded - dim, 0.0f);
@@ -177,16 +188,24 @@ static void pack_transposed(float* dst, int64_t padded, const void* src, int64_t
     const bool wide = padded - first >= NR;
     const int64_t width = wide ? NR : VL, panel = wide ? first : n / VL * VL;
     float* out = dst + panel * dim + (n - panel);
-    for (int64_t j = 0; j < PACK_ROWS; ++j) {
-      if (n + j < rows) load_row(lines + j * dim, offset(src, (n + j) * stride, type), dim, type);
-      else fill(lines + j * dim, dim, 0.0f);
+    for (int64_t j = n + AHEAD; j < min64(n + AHEAD + PACK_ROWS, rows); ++j)
+      prefetch_row(offset(src, j * stride, type), dim, type);
+    const float* from = lines;
+    int64_t ld = dim;
+    if (type == DType::f32 && n + PACK_ROWS <= rows) {
+      from = static_cast<const float*>(src) + n * stride, ld = stride;
+    } else {
+      for (int64_t j = 0; j < PACK_ROWS; ++j) {
+        if (n + j < rows) load_row(lines + j * dim, offset(src, (n + j) * stride, type), dim, type);
+        else fill(lines + j * dim, dim, 0.0f);
+      }
     }
     int64_t k = 0;
 #if defined(__AVX2__)
-    for (; k + 8 <= dim; k += 8) transpose8(out + k * width, width, lines + k, dim);
+    for (; k + 8 <= dim; k += 8) transpose8(out + k * width, width, from + k, ld);
 #endif
     for (; k < dim; ++k)
-      for (int64_t j = 0; j < PACK_ROWS; ++j) out[k * width + j] = lines[j * dim + k];
+      for (int64_t j = 0; j < PACK_ROWS; ++j) out[k * width + j] = from[j * ld + k];
   }
 }
 
