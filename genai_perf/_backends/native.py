@@ -48,7 +48,7 @@ def lib() -> ModuleType:
 def why_not(*tensors: torch.Tensor | None) -> str | None:
     """Why no native kernel can take these tensors, or None."""
     for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is not None and not tensor.is_cpu:
             return f"native needs CPU tensors, got {tensor.device}"
     return unavailable()
 

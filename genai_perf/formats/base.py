@@ -3,7 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,7 @@ class QuantizedTensor:
         group_size: elements that share a scale along a row (-1: the whole row).
         nested_scale: fp32, one for 256 scales, double quantization only.
         scale_offset: fp32 scalar, the mean of the scales, double quantization only.
+        packed: what a backend made of the components for its next call; not part of the value.
     """
 
     format: str
@@ -56,6 +57,7 @@ class QuantizedTensor:
     group_size: int = -1
     nested_scale: torch.Tensor | None = None
     scale_offset: torch.Tensor | None = None
+    packed: object | None = field(default=None, init=False, repr=False)
 
     def components(self) -> dict[str, torch.Tensor]:
         """The tensors that are there, by field name."""

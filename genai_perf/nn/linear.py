@@ -12,6 +12,8 @@ from ..formats.base import COMPONENTS, FLOATS
 from ..ops.quant_matmul import quant_matmul
 from ..ops.quantize import quantize
 
+_ELSEWHERE = object()
+
 
 @dataclass(frozen=True)
 class QuantConfig:
@@ -51,6 +53,7 @@ class QuantizedWeight(nn.Module):
         self._take(qweight)
 
     def _take(self, qweight: QuantizedTensor) -> None:
+        self._last: QuantizedTensor | None = None
         self.format, self.group_size = qweight.format, qweight.group_size
         self.shape, self.dtype = qweight.shape, qweight.dtype
         for name, tensor in qweight.state_dict().items():
@@ -64,7 +67,22 @@ class QuantizedWeight(nn.Module):
 
     def tensor(self) -> QuantizedTensor:
         """The quantized weight; its components are the buffers themselves."""
-        b = self._buffers  # five look-ups through nn.Module cost 3 us a call
+        b, last = self._buffers, self._last
+        if torch.compiler.is_compiling():
+            return self._tensor(b)
+        if (
+            last is None
+            or b["qdata"] is not last.qdata
+            or b["scale"] is not last.scale
+            or b["zero_point"] is not last.zero_point
+            or b["nested_scale"] is not last.nested_scale
+            or b["scale_offset"] is not last.scale_offset
+            or self.dtype != last.dtype
+        ):
+            last = self._last = self._tensor(b)
+        return last
+
+    def _tensor(self, b: dict) -> QuantizedTensor:
         return QuantizedTensor(self.format, self.shape, self.dtype, b["qdata"], b["scale"],
                                b["zero_point"], self.group_size, b["nested_scale"],
                                b["scale_offset"])  # fmt: skip
@@ -159,7 +177,11 @@ class QuantLinear(nn.Module):
         return cls(k, n, QuantConfig.of(config).quantize(weight), linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return quant_matmul(x, self.weight.tensor(), self.bias, backend=self.backend)
+        # Past nn.Module's own look-up of attributes, 1 us a call.
+        bias = self._parameters.get("bias", _ELSEWHERE)
+        if bias is _ELSEWHERE:
+            bias = self.bias  # parametrized
+        return quant_matmul(x, self._modules["weight"].tensor(), bias, backend=self.backend)
 
     def extra_repr(self) -> str:
         return (

@@ -1,10 +1,16 @@
 """quant_matmul against a float64 product with the stored weight, and against other libraries."""
 
+import copy
+import itertools
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import genai_perf as gp
 from genai_perf import formats
@@ -125,12 +131,13 @@ def test_neighbouring_memory_is_neither_read_nor_written(isa, weight, m):
         y_in.fill_(float("nan"))
         weight_args = (walled_q.qdata, walled_q.scale, walled_q.zero_point,
                        walled_q.nested_scale, walled_q.scale_offset)  # fmt: skip
-        native._run(False, q.format, n, k, weight_args, q.group_size, x_in, y_in, b_in)
+        packed = native.Packed(q.format, n, k, weight_args, q.group_size)
+        packed.weight.forward(m, x_in.data_ptr(), y_in.data_ptr(), 0, b_in.data_ptr(), 0, 2)
         assert torch.equal(y_in, want)
         before, after = y_all[:64], y_all[64 + want.numel() :]
         assert torch.isnan(before).all() and torch.isnan(after).all()
         dx, _ = walled(x)
-        native._run(True, q.format, n, k, weight_args, q.group_size, y_in, dx, None)
+        packed.weight.backward(m, y_in.data_ptr(), dx.data_ptr(), 0, 2)
         assert torch.equal(dx, backward(want, q))
 
 
@@ -260,6 +267,71 @@ def test_compiles_without_a_graph_break():
     assert torch.equal(want, got)
     a, b = (torch.autograd.grad(y.sum(), x)[0] for y in (want, got))
     assert torch.equal(a, b)
+
+
+class Seen(TorchDispatchMode):
+    """The genai_perf operators that torch's dispatcher gets to see."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_dispatcher_is_left_out_only_where_nobody_watches():
+    x, q, bias = make(5, 43, 172)
+    want = gp.quant_matmul(x, q, bias)
+    with Seen() as seen:
+        assert torch.equal(gp.quant_matmul(x, q, bias), want)
+    assert "genai_perf::quant_matmul" in seen.names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gp.quant_matmul(x, q, bias)
+    assert "genai_perf::quant_matmul" in {event.name for event in profile.events()}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = gp.quant_matmul(mode.from_tensor(x), q)
+    assert isinstance(fake, FakeTensor) and fake.shape == want.shape
+    traced = make_fx(lambda x: gp.quant_matmul(x, q, bias))(x)
+    assert "genai_perf.quant_matmul" in traced.code and torch.equal(traced(x), want)
+    negated = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negated.is_neg() and torch.equal(gp.quant_matmul(negated, q, bias), want)
+
+
+@pytest.mark.parametrize("name", ["qdata", "scale", "zero_point"])
+def test_a_weight_may_change_between_calls(name):
+    x, q, _ = make(5, 43, 172, "int4-asymmetric")
+    gp.quant_matmul(x, q)
+
+    def expect_current():
+        want = gp.quant_matmul(x, q, backend="reference")
+        torch.testing.assert_close(gp.quant_matmul(x, q), want)
+        return want
+
+    first = expect_current()
+    getattr(q, name).copy_(torch.flip(getattr(q, name), (0,)))  # in place
+    second = expect_current()
+    getattr(q, name).data = torch.flip(getattr(q, name), (1,)).contiguous()  # other memory
+    third = expect_current()
+    setattr(q, name, torch.flip(getattr(q, name), (0,)))  # another tensor
+    fourth = expect_current()
+    results = (first, second, third, fourth)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(results, 2))
+    setattr(q, name, getattr(q, name)[:-1])
+    with pytest.raises(ValueError, match=f"quant_matmul: qweight.{name} must be"):
+        gp.quant_matmul(x, q)
+
+
+def test_copies_and_pickles_leave_addresses_behind():
+    x, q, _ = make(5, 43, 172)
+    want = gp.quant_matmul(x, q)
+    assert q.packed is not None
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert other.packed is None and torch.equal(gp.quant_matmul(x, other), want)
+        other.qdata.zero_()
+        assert not torch.equal(gp.quant_matmul(x, other), want)
+    assert torch.equal(gp.quant_matmul(x, q), want)
 
 
 def test_reference_backend_agrees():

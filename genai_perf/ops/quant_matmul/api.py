@@ -3,9 +3,12 @@
 import torch
 
 from ..._checks import check_choice, check_dtype, check_same, check_tensor, fail
-from ..._dispatch import Op
+from ..._config import CONFIG
+from ..._dispatch import Op, unwatched
 from ...formats import FORMATS, QuantizedTensor
+from . import native
 
+_DIRECT = CONFIG.backend in (None, "native")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHT = ("Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? nested_scale, "
            "Tensor? scale_offset")  # fmt: skip
@@ -109,6 +112,10 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
 
     Source: QLoRA, arXiv:2305.14314, section 3 (a product over stored 4-bit weights).
     """
+    if backend is None and _DIRECT and unwatched() and isinstance(qweight, QuantizedTensor):
+        y = native.direct(x, qweight, bias)
+        if y is not None:
+            return y
     _check(x, qweight, bias)
     # fp8 codes pass as bytes: torch cannot compare fp8 tensors, which opcheck does.
     codes = qweight.qdata.view(torch.uint8) if qweight.qdata.is_floating_point() else qweight.qdata

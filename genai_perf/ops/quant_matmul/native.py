@@ -4,6 +4,7 @@ import torch
 
 from ..._backends import native
 from ..._checks import fail
+from ..._dispatch import is_plain
 from ...formats.dynamic_map import dynamic_map
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,17 +24,119 @@ def why_not_backward(dy, qdata, scale, zero_point, nested_scale, scale_offset,
 
 
 def forward(x, qdata, scale, zero_point, nested_scale, scale_offset, bias, format, group_size, n):
-    y = x.new_empty((*x.shape[:-1], n))
     weight = (qdata, scale, zero_point, nested_scale, scale_offset)
-    _run(False, format, n, x.shape[-1], weight, group_size, x, y, bias)
-    return y
+    return Packed(format, n, x.shape[-1], weight, group_size).forward(x, bias)
 
 
 def backward(dy, qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, k):
-    dx = dy.new_empty((*dy.shape[:-1], k))
     weight = (qdata, scale, zero_point, nested_scale, scale_offset)
-    _run(True, format, dy.shape[-1], k, weight, group_size, dy, dx, None)
-    return dx
+    return Packed(format, dy.shape[-1], k, weight, group_size).backward(dy)
+
+
+def direct(x, qweight, bias) -> torch.Tensor | None:
+    """`forward` with what the last call kept in `qweight.packed`, without the op around it.
+
+    None unless everything fits and no gradient is wanted: the long way says why, or records.
+    """
+    packed = qweight.packed
+    if packed is None or not packed.is_of(qweight):
+        packed = qweight.packed = _packed(qweight)
+    fits = (
+        packed is not None and _is_input(x) and x.dim() and x.shape[-1] == packed.k
+        and (bias is None or (_is_input(bias) and bias.shape == (packed.n,)))
+    )  # fmt: skip
+    return packed.forward(x, bias) if fits else None
+
+
+def _is_input(tensor) -> bool:
+    return (
+        is_plain(tensor) and tensor.is_cpu and tensor.dtype in FLOATS
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )  # fmt: skip
+
+
+def _packed(q) -> "Packed | None":
+    weight = (q.qdata, q.scale, q.zero_point, q.nested_scale, q.scale_offset)
+    plain = all(t is None or is_plain(t) for t in weight)
+    if plain and native.why_not(*weight) is None and len(q.shape) == 2 and q.format in FORMAT_CODES:
+        return Packed(q.format, *q.shape, weight, q.group_size)
+    return None
+
+
+def _place(tensor) -> tuple[int, int] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor.numel())
+
+
+class Packed:
+    """A weight whose addresses and sizes have been checked, as the kernels take it.
+
+    A copy, or one that comes out of a pickle, is None: addresses do not travel.
+    """
+
+    def __init__(self, format, n, k, weight, group_size):
+        _check(format, n, k, weight, group_size)
+        self.n, self.k, self.format, self.group_size = n, k, format, group_size
+        self.shape = torch.Size((n, k))
+        self.places = [_place(t) for t in weight]
+        # Held as long as this: contiguous copies, where a component is a view.
+        self.held = [None if t is None else t.contiguous() for t in weight]
+        qdata, scale, zero, nested, shift = map(native.pointer, self.held)
+        book = None if not nested else dynamic_map()
+        self.held.append(book)
+        self.weight = native.lib().QuantWeight(
+            FORMAT_CODES[format], n, k, qdata, scale,
+            0 if nested else native.DTYPE_CODES[self.held[1].dtype],
+            zero, nested, native.pointer(book), shift, group_size,
+        )  # fmt: skip
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def is_of(self, q) -> bool:
+        """Whether nothing of it has changed; a tensor may have been given other memory."""
+        qdata, scale, zero, nested, shift = self.places
+        return (
+            qdata == (q.qdata.data_ptr(), q.qdata.numel())
+            and scale == (q.scale.data_ptr(), q.scale.numel())
+            and zero == _place(q.zero_point)
+            and nested == _place(q.nested_scale)
+            and shift == _place(q.scale_offset)
+            and q.shape == self.shape
+            and q.group_size == self.group_size
+            and q.format == self.format
+        )
+
+    def forward(self, x, bias):
+        y = x.new_empty(*x.shape[:-1], self.n)
+        rows = y.numel() // self.n if self.n else 0
+        if rows == 0:
+            return y
+        if self.k == 0:  # an empty sum
+            return y.zero_() if bias is None else y.copy_(bias)
+        x = x.contiguous()
+        address, dtype = 0, 0
+        if bias is not None:
+            bias = bias.contiguous()
+            address, dtype = bias.data_ptr(), native.DTYPE_CODES[bias.dtype]
+        self.weight.forward(rows, x.data_ptr(), y.data_ptr(), native.DTYPE_CODES[x.dtype],
+                            address, dtype, native.threads())  # fmt: skip
+        return y
+
+    def backward(self, dy):
+        dx = dy.new_empty((*dy.shape[:-1], self.k))
+        if dx.numel() == 0:
+            return dx
+        if dy.numel() == 0:
+            return dx.zero_()
+        dy = dy.contiguous()
+        self.weight.backward(
+            dy.numel() // self.n, dy.data_ptr(), dx.data_ptr(), native.DTYPE_CODES[dy.dtype],
+            native.threads(),
+        )  # fmt: skip
+        return dx
 
 
 def _check(format, n, k, weight, group_size) -> None:
@@ -62,24 +165,3 @@ def _check(format, n, k, weight, group_size) -> None:
             names = " or ".join(map(str, dtypes))
             expected = f"{count} elements of {names} for {format} of shape {(n, k)}"
             fail("quant_matmul", f"qweight.{name}", expected, got)
-
-
-def _run(backward, format, n, k, weight, group_size, x, y, bias) -> None:
-    _check(format, n, k, weight, group_size)
-    if y.numel() == 0:
-        return
-    if x.numel() == 0:  # an empty sum
-        y.zero_() if bias is None else y.copy_(bias)
-        return
-    # Held until the kernel has run: contiguous copies, where a component is a view.
-    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    qdata, scale, zero, nested, shift = (None if t is None else t.contiguous() for t in weight)
-    book = None if nested is None else dynamic_map()
-    address = native.pointer
-    native.lib().quant_matmul(
-        backward, FORMAT_CODES[format], n, k, address(qdata),
-        address(scale), 0 if nested is not None else native.DTYPE_CODES[scale.dtype],
-        address(zero), address(nested), address(book), address(shift),
-        group_size, x.numel() // x.shape[-1], address(x), address(y), native.DTYPE_CODES[x.dtype],
-        address(bias), 0 if bias is None else native.DTYPE_CODES[bias.dtype], native.threads(),
-    )  # fmt: skip
