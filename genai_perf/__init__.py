@@ -33,6 +33,7 @@ _EXPORTS = {
     "SparseGPT": "compression",
     "Magnitude": "compression",
     "Wanda": "compression",
+    "RIA": "compression",
     "load_compressed": "integrations.transformers",
 }
 _SUBMODULES = (

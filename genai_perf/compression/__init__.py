@@ -3,7 +3,9 @@
 `genai_perf.compress` is the call that goes from folder to folder.
 """
 
-from .recipe import GPTQ, RTN, Magnitude, Recipe, SparseGPT, Wanda
+from .recipe import GPTQ, RIA, RTN, Magnitude, Recipe, SparseGPT, Wanda
 from .report import LayerReport, Report
 
-__all__ = ["GPTQ", "RTN", "LayerReport", "Magnitude", "Recipe", "Report", "SparseGPT", "Wanda"]
+__all__ = [
+    "GPTQ", "RIA", "RTN", "LayerReport", "Magnitude", "Recipe", "Report", "SparseGPT", "Wanda",
+]  # fmt: skip

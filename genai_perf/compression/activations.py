@@ -44,5 +44,8 @@ class OnDisk(MutableSequence):
         self._items.append((tensor.shape, tensor.dtype, tensor.device))
         self[i] = tensor
 
+    def clear(self) -> None:
+        self._items.clear()  # the next tensors overwrite the files
+
     def __delitem__(self, i: int) -> None:
         raise NotImplementedError("OnDisk does not shrink")

@@ -15,6 +15,7 @@ from .._errors import CalibrationError, CheckpointError
 from ..formats import QuantizedTensor
 from ..io import bitsandbytes, compressed_tensors
 from . import layer as one_layer
+from . import owl
 from .capture import inputs_of
 from .hessian import Hessian, Inputs
 from .recipe import Recipe
@@ -130,6 +131,14 @@ def compress_blocks(
         progress(0, total, "embedding")
         batches = list(windows.split(max(1, _BATCH_TOKENS // windows.shape[1])))
         kwargs = model.block_inputs(batches, hidden).kwargs
+    recipes = [recipe] * total
+    if recipe.pruner and recipe.pruner.allocation and len(finished) < total:
+        amounts = owl.sparsities(model, recipe, hidden, kwargs, progress)
+        recipes = [recipe.at_sparsity(amount) for amount in amounts]
+        shares = ", ".join(f"{amount:.3f}" for amount in amounts)
+        outcome.notes.append(f"owl: sparsity of each block: {shares}")
+        hidden.clear()
+        model.block_inputs(batches, hidden)
     for i, (prefix, _) in enumerate(model.blocks):
         progress(i, total, prefix)
         if i < len(finished):
@@ -137,7 +146,7 @@ def compress_blocks(
             if hidden:
                 _replay_block(model, i, dict(store.read(i)), one, hidden, kwargs[i])
         else:
-            one = _compress_block(model, i, recipe, store, int8, hidden, kwargs[i])
+            one = _compress_block(model, i, recipes[i], store, int8, hidden, kwargs[i])
         outcome.add(one)
         model.free_block(i)
         _give_memory_back()

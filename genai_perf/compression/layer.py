@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import QuantizedTensor
-from . import gptq, magnitude, rtn, sparsegpt, wanda
+from . import gptq, magnitude, ria, rtn, sparsegpt, wanda
 from .grid import IntGrid
 from .hessian import Inputs, relative_error
-from .recipe import GPTQ, RTN, Magnitude, Recipe, SparseGPT, Wanda
+from .recipe import GPTQ, RIA, RTN, Magnitude, Recipe, SparseGPT, Wanda
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def compress(
             f"{weight.shape[1]} inputs on some processors only (32 must divide the outputs, "
             f"64 the inputs)",
         )
-    if isinstance(pruner, SparseGPT) and isinstance(quantizer, GPTQ):
+    refined = isinstance(pruner, SparseGPT) and pruner.refine is not None
+    if isinstance(pruner, SparseGPT) and isinstance(quantizer, GPTQ) and not refined:
         return _joint(weight, inputs, pruner, quantizer, group_size, name, notes)
     hessian = None if inputs is None else inputs.hessian
     new, mask, qweight, error = weight, None, None, 0.0
@@ -70,13 +71,15 @@ def compress(
         scales = quantizer.scales if group_size and group_size > 0 else "static"
         act_order = scales == "static" if quantizer.act_order is None else quantizer.act_order
         result = gptq.solve(
-            weight, hessian, bits=quantizer.bits, group_size=group_size or -1, mask=mask,
+            new if refined else weight, hessian, mask=mask,
+            bits=quantizer.bits, group_size=group_size or -1,
             symmetric=quantizer.symmetric, search=quantizer.search, scales=scales,
             act_order=act_order, factor=inputs.factor(quantizer.damp_frac, by_diagonal=act_order),
             block_size=quantizer.block_size,
             scale_dtype=weight.dtype, name=name,
         )  # fmt: skip
-        new, qweight, error = result.weight, result.qweight, result.error
+        new, qweight = result.weight, result.qweight
+        error = relative_error(weight, new, hessian) if refined else result.error
     elif isinstance(quantizer, RTN):
         options = quantizer.options() | ({"group_size": group_size} if group_size else {})
         result = rtn.solve(new, format=quantizer.format, name=name, **options,
@@ -106,11 +109,13 @@ def _prune(weight, inputs, pruner, name) -> sparsegpt.SparseResult:
     match pruner:
         case SparseGPT():
             return sparsegpt.solve(
-                weight, hessian, refine=pruner.refine, factor=inputs.factor(pruner.damp_frac),
-                block_size=pruner.block_size, **amount,
+                weight, hessian, refine=pruner.refine, search=pruner.search,
+                factor=inputs.factor(pruner.damp_frac), block_size=pruner.block_size, **amount,
             )  # fmt: skip
         case Wanda():
             return wanda.solve(weight, hessian, **amount)
+        case RIA():
+            return ria.solve(weight, hessian, power=pruner.power, **amount)
         case Magnitude():
             return magnitude.solve(weight, hessian, **amount)
 
@@ -123,6 +128,7 @@ def _joint(weight, inputs, pruner, quantizer, group_size, name, notes) -> LayerR
     )  # fmt: skip
     result = sparsegpt.solve(
         weight, inputs.hessian, sparsity=pruner.sparsity, pattern=pruner.pattern, quantizer=grid,
+        refine=None,
         factor=inputs.factor(pruner.damp_frac), block_size=pruner.block_size, name=name,
     )  # fmt: skip
     qweight = grid.pack(result.weight.to(torch.float32), weight.dtype)

@@ -33,8 +33,6 @@ def keep_best(
     weight: torch.Tensor, hessian: torch.Tensor | None, scores: torch.Tensor, wanted: masks.Sparsity
 ) -> SparseResult:
     """The weight as it is, zero where `wanted` prunes by scores (rows, columns)."""
-    zero = weight == 0
-    parts = zip(*(t.split(wanted.group or t.shape[1], dim=1) for t in (scores, zero)), strict=True)
-    mask = ~torch.cat([wanted.choose(*part) for part in parts], dim=1)
+    mask = ~wanted.choose_everywhere(scores, weight == 0, max(1, weight.shape[1]))
     new = weight * mask
     return SparseResult(new, mask, relative_error(weight, new, hessian))

@@ -43,7 +43,8 @@ class Sparsity:
         zeros, so that it is a valid group once padded with zeros.
 
         Args:
-            scores: (rows, columns), what pruning each weight costs, not negative.
+            scores: (rows, columns), what pruning each weight costs, not negative; rows are compared
+                on their own for n:m.
             zero: (rows, columns) bool, the weights that are zero already: they stay zero and count;
                 where they are more than asked for, they are the whole answer.
         """
@@ -54,6 +55,26 @@ class Sparsity:
             count = round(scores.numel() * self.fraction)
             chosen = smallest(scores.reshape(1, -1), count).view(scores.shape)
         return chosen | zero
+
+    def choose_everywhere(
+        self, scores: torch.Tensor, zero: torch.Tensor, block_size: int
+    ) -> torch.Tensor:
+        """`choose` over a whole matrix: in each block of block_size columns when unstructured, in
+        each group of each row for n:m.
+
+        Args:
+            scores, zero: (rows, columns), as in `choose`.
+        """
+        rows, columns = scores.shape
+        if not self.group:
+            parts = zip(scores.split(block_size, 1), zero.split(block_size, 1), strict=True)
+            return torch.cat([self.choose(*part) for part in parts], dim=1)
+        whole = columns // self.group * self.group
+        groups = (t[:, :whole].reshape(-1, self.group) for t in (scores, zero))
+        chosen = self.choose(*groups).view(rows, whole)
+        if whole == columns:
+            return chosen
+        return torch.cat([chosen, self.choose(scores[:, whole:], zero[:, whole:])], dim=1)
 
     def __str__(self) -> str:
         return f"{self.zeros}:{self.group}" if self.group else f"{self.fraction:g}"

@@ -44,7 +44,8 @@ def solve(
     *,
     sparsity: float | None = None,
     pattern: str | None = None,
-    refine: str | None = None,
+    refine: str | None = "cg",
+    search: int = 30,
     damp_frac: float = 0.01,
     block_size: int = 128,
     quantizer: Grid | None = None,
@@ -53,9 +54,10 @@ def solve(
 ) -> SparseResult:
     """Prunes one layer, moving what is lost into the weights that stay.
 
-    Sweeps over the inputs with U^T U = H^-1: a pruned weight w_j costs w_j^2 / U[j, j]^2 and its
-    error w_j / U[j, j] is subtracted, times row j of U, from the weights to its right. Weights that
-    are zero already stay zero and count; dead inputs (zero in all calibration) are pruned.
+    The algorithm as published (refine=None) sweeps over the inputs with U^T U = H^-1: a pruned
+    weight w_j costs w_j^2 / U[j, j]^2 and its error w_j / U[j, j] is subtracted, times row j of U,
+    from the weights to its right. Refinement then takes what the sweep leaves on the table. Weights
+    that are zero already stay zero and count; dead inputs (zero in all calibration) are pruned.
 
     Args:
         weight: (out_features, in_features), any float dtype; not changed.
@@ -65,11 +67,15 @@ def solve(
             exactly round(rows * columns * sparsity).
         pattern: instead, "n:m" is exactly n zeros in every m consecutive inputs of each row; a last
             group of r < m has floor(n * r / m).
-        refine: "cg" re-solves the kept weights on the mask found, near to exact least squares.
+        refine: "cg" re-solves the kept weights by conjugate gradients, near to exact least squares
+            on the result's mask; None is the algorithm as published.
+        search: with refine, rounds of a search for a better mask before that, each about the price
+            of a product of weight and Hessian; 0 keeps the mask of the sweep.
         damp_frac: added to H's diagonal, as a fraction of its mean.
         block_size: columns pruned together; rounded down to a multiple of m.
         quantizer: a grid such as `grid.IntGrid`, fitted to the dense weights; what is kept is
-            rounded to it in the same sweep, which compensates both.
+            rounded to it in the same sweep, which compensates both; with refine, in a second sweep
+            from the refined weights, to which the grid is fitted.
         factor: `hessian.factorize(hessian, damp_frac=...)`, to share it between layers with the
             same input; damp_frac is then the factor's.
         name: the layer, for messages.
@@ -84,24 +90,48 @@ def solve(
     wanted = masks.parse(name, sparsity, pattern)
     check_weight(name, weight, hessian)
     check_choice(name, "refine", refine, (None, "cg"))
-    if refine and quantizer:
-        raise ValueError(f"{name}: refine and quantizer exclude each other: "
-                         "refined weights would leave the grid")  # fmt: skip
+    if isinstance(search, bool) or not isinstance(search, int) or search < 0:
+        fail(name, "search", "a number of rounds, at least 0", repr(search))
     if block_size < max(1, wanted.group):
         fail(name, "block_size", f"at least {max(1, wanted.group)}", block_size)
     block_size -= block_size % (wanted.group or 1)
     factor = factor or factorize(hessian, damp_frac=damp_frac, name=name)
     upper = factor.upper
     dense = weight.detach().to(upper.dtype).masked_fill(factor.dead, 0)
-    if quantizer:
-        quantizer.fit(dense, upper.diagonal() ** -2)
-    new, pruned = sweep(dense, upper, block_size=block_size, sparsity=wanted, zero=dense == 0,
-                        grid=quantizer)  # fmt: skip
+    joint = None if refine else quantizer
+    if joint:
+        joint.fit(dense, upper.diagonal() ** -2)
+    zero = dense == 0
+    new, pruned = sweep(dense, upper, block_size=block_size, sparsity=wanted, zero=zero,
+                        grid=joint)  # fmt: skip
     if refine:
         damped, _ = damp(hessian, factor.damp_frac, name=name)
-        new = refinement.solve(dense, ~pruned, damped, start=new)
+        new, pruned = _refine(dense, new, pruned, damped, wanted, zero, search, block_size)
+        if quantizer:
+            quantizer.fit(new, upper.diagonal() ** -2)
+            new, _ = sweep(new, upper, block_size=block_size, zero=pruned, grid=quantizer)
     new = new.to(weight.dtype)
     if not torch.isfinite(new).all():
         raise CalibrationError(f"{name}: the update left the range of {weight.dtype}; "
                                f"raise damp_frac, now {factor.damp_frac}")  # fmt: skip
     return SparseResult(new, ~pruned, relative_error(weight, new, hessian))
+
+
+def _refine(
+    dense: torch.Tensor,
+    swept: torch.Tensor,
+    pruned: torch.Tensor,
+    damped: torch.Tensor,
+    wanted: masks.Sparsity,
+    zero: torch.Tensor,
+    rounds: int,
+    block_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight, pruned) after the search and the back-solve; never worse than what was swept."""
+    if rounds:
+        found = refinement.search(dense, damped, wanted, zero=zero, start=swept, rounds=rounds,
+                                  block_size=block_size)  # fmt: skip
+        new = refinement.solve(dense, ~found, damped, start=swept.masked_fill(found, 0))
+        if relative_error(dense, new, damped) <= relative_error(dense, swept, damped):
+            return new, found
+    return refinement.solve(dense, ~pruned, damped, start=swept), pruned

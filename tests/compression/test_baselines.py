@@ -6,7 +6,7 @@ import torch
 from layers import layer
 
 from genai_perf import CalibrationError, formats
-from genai_perf.compression import magnitude, rtn, wanda
+from genai_perf.compression import magnitude, owl, ria, rtn, wanda
 from genai_perf.compression.hessian import Hessian, damp, factorize, relative_error
 
 
@@ -136,7 +136,43 @@ def test_wanda_prunes_the_least_weight_times_norm_of_each_row(sparsity):
     assert torch.equal(result.weight, weight * result.mask)
 
 
-@pytest.mark.parametrize("solve", [magnitude.solve, wanda.solve])
+@pytest.mark.parametrize("sparsity", [0, 0.3, 0.5, 0.99])
+def test_ria_prunes_the_least_share_of_row_and_column(sparsity):
+    weight, hessian = layer(rows=9, columns=75)
+    size = weight.abs().double().numpy()
+    shares = size / size.sum(0, keepdims=True) + size / size.sum(1, keepdims=True)
+    scores = (shares * hessian.diagonal().double().numpy() ** 0.25).reshape(-1)
+    mask = ria.solve(weight, hessian, sparsity=sparsity).mask
+    pruned = np.argsort(scores, kind="stable")[: round(675 * sparsity)]
+    assert set(np.flatnonzero(~mask.numpy())) == set(pruned)
+    weight[:, 3] = weight[2] = 0  # an empty row and column divide 0 by 0
+    again = ria.solve(weight, hessian, sparsity=0.5)
+    assert torch.isfinite(again.weight).all() and not again.mask[2].any()
+
+
+def test_owl_keeps_the_mean_and_follows_the_outliers():
+    ratios, sizes = [0.01, 0.06, 0.02, 0.03], [10, 30, 20, 40]
+    amounts = owl.allocate(ratios, sizes, 0.7)
+    assert sum(a * n for a, n in zip(amounts, sizes, strict=True)) == pytest.approx(70)
+    assert np.argsort(amounts).tolist() == [1, 3, 2, 0]
+    assert max(amounts) - min(amounts) == pytest.approx(0.16)
+    assert owl.allocate([0.5, 0.5], [1, 2], 0.6) == [0.6, 0.6]
+    for sparsity in (0.0, 0.01, 0.99):
+        amounts = owl.allocate(ratios, sizes, sparsity)
+        assert all(0 <= a < 1 for a in amounts)
+        assert sum(a * n for a, n in zip(amounts, sizes, strict=True)) == pytest.approx(
+            100 * sparsity
+        )
+    weight, energy = torch.ones(2, 50), torch.ones(50)
+    energy[7] = 10000.0  # |w| norm of 100 where the mean is just below 3
+    assert owl.outlier_ratio([(weight, energy)]) == pytest.approx(2 / 100)
+    with pytest.raises(ValueError, match="layers must be at least one"):
+        owl.outlier_ratio([])
+    with pytest.raises(ValueError, match="sparsity must be at least 0 and below 1"):
+        owl.allocate(ratios, sizes, 1.0)
+
+
+@pytest.mark.parametrize("solve", [magnitude.solve, wanda.solve, ria.solve])
 @pytest.mark.parametrize("columns", [64, 70])
 def test_patterns(solve, columns):
     weight, hessian = layer(rows=5, columns=columns)
@@ -145,7 +181,7 @@ def test_patterns(solve, columns):
         assert ((~part).sum(1) == part.shape[1] // 2).all()
 
 
-@pytest.mark.parametrize("solve", [magnitude.solve, wanda.solve])
+@pytest.mark.parametrize("solve", [magnitude.solve, wanda.solve, ria.solve])
 def test_zeros_stay_and_count(solve):
     weight, hessian = layer(rows=4, columns=32)
     once = solve(weight, hessian, sparsity=0.25)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from genai_perf.compression import GPTQ, RTN, Magnitude, Recipe, SparseGPT, Wanda
+from genai_perf.compression import GPTQ, RIA, RTN, Magnitude, Recipe, SparseGPT, Wanda
 from genai_perf.compression.recipe import NAMES
 
 
@@ -12,7 +12,10 @@ from genai_perf.compression.recipe import NAMES
     ("int8-gptq", (GPTQ(bits=8, group_size=-1),)),
     ("sparsegpt-0.5", (SparseGPT(sparsity=0.5),)), ("sparsegpt-2:4", (SparseGPT(pattern="2:4"),)),
     ("sparsegpt-0.5+int4-gptq", (SparseGPT(sparsity=0.5), GPTQ())),
-    ("sparsegpt-4:8-cg", (SparseGPT(pattern="4:8", refine="cg"),)),
+    ("sparsegpt-4:8-faithful", (SparseGPT(pattern="4:8", refine=None),)),
+    ("sparsegpt-0.7-owl", (SparseGPT(sparsity=0.7, allocation="owl"),)),
+    ("sparsegpt-0.7-faithful-owl", (SparseGPT(sparsity=0.7, refine=None, allocation="owl"),)),
+    ("ria-0.5", (RIA(sparsity=0.5),)), ("ria-2:4+int4-gptq", (RIA(pattern="2:4"), GPTQ())),
     ("magnitude-0.5", (Magnitude(sparsity=0.5),)), ("wanda-2:4", (Wanda(pattern="2:4"),)),
     ("wanda-0.5+int8-rtn", (Wanda(sparsity=0.5), RTN("int8"))),
 ])  # fmt: skip
@@ -29,7 +32,16 @@ def test_listed_names_are_names():
 
 
 @pytest.mark.parametrize(
-    "name", ["int3-rtn", "int4-gptqq", "sparsegpt", "sparsegpt-0.5+", "", "wanda-0.5-cg"]
+    "name",
+    [
+        "int3-rtn",
+        "int4-gptqq",
+        "sparsegpt",
+        "sparsegpt-0.5+",
+        "",
+        "wanda-0.5-faithful",
+        "ria-2:4-alps",
+    ],
 )
 def test_unknown_names(name):
     with pytest.raises(ValueError, match="unknown name.*names: int8-rtn, "):
@@ -52,8 +64,11 @@ def test_unknown_names_give_the_nearest():
     (lambda: Recipe.of("sparsegpt-4:2"), "pattern must be"),
     (lambda: Recipe.of("int4-gptq+sparsegpt-0.5"), "a pruner and then a quantizer, got int4-gptq"),
     (lambda: Recipe.of("int4-gptq+int8-rtn"), "a pruner and then a quantizer"),
-    (lambda: Recipe.of("sparsegpt-0.5-cg+int4-gptq"), "cannot be followed by GPTQ"),
-    (lambda: Recipe((SparseGPT(sparsity=0.5), GPTQ(act_order=True))), "one sweep"),
+    (lambda: Recipe((SparseGPT(sparsity=0.5, refine=None), GPTQ(act_order=True))), "one sweep"),
+    (lambda: Recipe.of("wanda-2:4-owl"), "allocation needs sparsity"),
+    (lambda: Wanda(sparsity=0.5, allocation="alpha"), "allocation must be one of"),
+    (lambda: SparseGPT(sparsity=0.5, search=-1), "search must be"),
+    (lambda: RIA(sparsity=0.5, power=-1), "power must be"),
     (lambda: Recipe(()), "steps must be"),
     (lambda: Recipe((RTN("int8"),), skip=("re:(",)), "not a regular expression"),
     (lambda: Recipe.from_dict({"steps": "int8-rtn"}), "steps must be a list"),

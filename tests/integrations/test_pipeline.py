@@ -59,7 +59,8 @@ RECIPES = {
     "int4": Recipe((RTN("int4", group_size=32),)),
     "gptq": Recipe((GPTQ(group_size=32),)),
     "gptq8": Recipe.named("int8-gptq"),
-    "joint": Recipe((SparseGPT(sparsity=0.5), GPTQ(group_size=32))),
+    "joint": Recipe((SparseGPT(sparsity=0.5, refine=None), GPTQ(group_size=32))),
+    "refined-gptq": Recipe((SparseGPT(pattern="2:4"), GPTQ(group_size=32))),
     "magnitude-int8": Recipe((Magnitude(pattern="2:4"), RTN("int8"))),
 }
 
@@ -108,7 +109,7 @@ def test_nf4_loads_in_bitsandbytes(tmp_path):
 def test_compressed_outputs_feed_forward(saved, tmp_path):
     """Block 1 is solved on what block 0 gives once pruned, by plain hooks on the full model."""
     src, dst = saved("llama"), tmp_path / "out"
-    gp.compress(src, dst, SparseGPT(sparsity=0.5), calibration=IDS)
+    gp.compress(src, dst, "sparsegpt-0.5-faithful", calibration=IDS)
     after = weights(dst)
     model = load(src)
     with torch.no_grad():
@@ -120,15 +121,30 @@ def test_compressed_outputs_feed_forward(saved, tmp_path):
     linear.register_forward_pre_hook(lambda module, args: hessian.add(args[0]))
     with torch.no_grad():
         model(IDS)
-    wanted = sparsegpt.solve(linear.weight.detach(), hessian.matrix(), sparsity=0.5).weight
+    options = {"sparsity": 0.5, "refine": None}
+    wanted = sparsegpt.solve(linear.weight.detach(), hessian.matrix(), **options).weight
     torch.testing.assert_close(after[f"{name}.weight"], wanted, rtol=1e-3, atol=1e-4)
     dense_input = Hessian(128)
     model = load(src)
     model.get_submodule(name).register_forward_pre_hook(lambda m, args: dense_input.add(args[0]))
     with torch.no_grad():
         model(IDS)
-    other = sparsegpt.solve(linear.weight.detach(), dense_input.matrix(), sparsity=0.5).weight
+    other = sparsegpt.solve(linear.weight.detach(), dense_input.matrix(), **options).weight
     assert (after[f"{name}.weight"] - other).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "ria", "magnitude"])
+def test_owl_gives_each_block_its_own_sparsity(saved, tmp_path, method):
+    src, dst = saved("llama"), tmp_path / "out"
+    report = gp.compress(src, dst, f"{method}-0.7-owl", calibration=IDS)
+    found = {}
+    for layer in report.layers:
+        found.setdefault(layer.name.split(".")[2], set()).add(round(layer.sparsity, 2))
+    assert all(max(values) - min(values) <= 0.011 for values in found.values())
+    amounts = [max(values) for values in found.values()]
+    assert max(amounts) - min(amounts) == pytest.approx(0.16, abs=0.02)
+    assert report.sparsity == pytest.approx(0.7, abs=0.005)
+    assert any(note.startswith("owl: sparsity of each block") for note in report.notes)
 
 
 def test_one_block_at_a_time(saved, tmp_path, monkeypatch):
