@@ -135,8 +135,6 @@ def compress_blocks(
     if recipe.pruner and recipe.pruner.allocation and len(finished) < total:
         amounts = owl.sparsities(model, recipe, hidden, kwargs, progress)
         recipes = [recipe.at_sparsity(amount) for amount in amounts]
-        shares = ", ".join(f"{amount:.3f}" for amount in amounts)
-        outcome.notes.append(f"owl: sparsity of each block: {shares}")
         hidden.clear()
         model.block_inputs(batches, hidden)
     for i, (prefix, _) in enumerate(model.blocks):
@@ -167,6 +165,9 @@ def _compress_block(
     """Loads, compresses and stores block i, and replaces its inputs in `hidden` by its outputs."""
     model.load_block(i)
     linears, outcome = model.linears(i), Outcome()
+    if recipe.pruner and recipe.pruner.allocation:
+        amount = f"{recipe.pruner.sparsity:.3f}"
+        outcome.notes.append(f"{model.blocks[i][0]}: owl gives it a sparsity of {amount}")
     with inputs_of(linears) as hessians:
         for batch, call in zip(hidden, kwargs, strict=True):
             model.forward_block(i, batch, call)
