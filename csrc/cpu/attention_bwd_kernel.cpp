@@ -50,8 +50,12 @@ struct Backward {
     if (dq_in_place) return static_cast<float*>(at(a.dq, b, i, h, s.dtype));
     return dq + row(b, h, i) * dq_stride;
   }
-  void store_dq(int64_t b, int64_t h, int64_t i) const {
-    if (!dq_in_place) store_row(at(a.dq, b, i, h, s.dtype), dq_row(b, h, i), s.dim, s.dtype);
+  // `first`: of the blocks of keys that add to this row; x is overwritten.
+  void add_dq(int64_t b, int64_t h, int64_t i, float* x, bool first, bool last) const {
+    float* sum = dq_row(b, h, i);
+    if (!first) add_row(x, sum, s.dim);
+    if (last) store_row(at(a.dq, b, i, h, s.dtype), x, s.dim, s.dtype);
+    else copy_row(sum, x, s.dim);
   }
   // The blocks of keys that a block of queries sees; last < first if none.
   int64_t first_block(const Visible& visible, int64_t block_q) const {
@@ -125,8 +129,8 @@ void prepare(const Backward& w, int64_t item, float* line) {
     // The sink is a key whose value is 0: its dP is 0. Without a sink it is -inf.
     if (sink != -INFINITY) dsink -= double(__builtin_expf(sink - w.a.lse[at_row])) * delta;
     if (blind) {
-      fill(w.dq_row(b, h, row), s.dim, 0.0f);
-      w.store_dq(b, h, row);
+      fill(line, s.dim, 0.0f);
+      w.add_dq(b, h, row, line, true, true);
     }
   }
   w.dsinks[item] = dsink;
@@ -145,8 +149,8 @@ void key_bounds(Bounds& bounds, const Visible& visible, int64_t q0, int64_t rows
   }
 }
 
-// p becomes P and ds dS over [lo, hi), both 0 elsewhere up to cols.
-void gradient_row(float* p, float* ds, int64_t cols, int64_t lo, int64_t hi, float lse,
+// p becomes P and ds dS over [lo, hi), both 0 elsewhere up to cols. Not inlined, as exp_row is not.
+__attribute__((noinline)) void gradient_row(float* p, float* ds, int64_t cols, int64_t lo, int64_t hi, float lse,
                   float delta) {
   const int64_t from = lo / VL * VL, to = round_up(hi, VL);
   fill(p + from, lo - from, -INFINITY);
@@ -218,14 +222,16 @@ void run_pair(const Backward& w, const Work& t, const Sequence& seq, const Visib
                     t.dv, t.stride_v, by_key, true);
   product_sum<true>(pair.cols, round_up(s.dim, VL), t.dscores, t.score_stride, t.queries,
                     t.stride_k, t.dk, t.stride_k, by_key, true);
+  // dQ takes the place of the queries, and is added to memory row by row, while it is near.
+  product_sum<false>(pair.rows, round_up(s.dim, VL), t.dscores, t.score_stride, t.keys, t.stride_k,
+                     t.queries, t.stride_k, by_query, false);
+  const bool first = block_k == w.first_block(visible, block_q);
+  const bool last = block_k == w.last_block(visible, block_q, seq.len_q);
   int* turn = w.turn + w.tile(pair.b, pair.h, block_q);
   while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != block_k) sched_yield();
-  product_sum<false>(pair.rows, round_up(s.dim, VL), t.dscores, t.score_stride, t.keys, t.stride_k,
-                     w.dq_row(pair.b, pair.h, row), w.dq_stride, by_query,
-                     block_k != w.first_block(visible, block_q));
+  for (int64_t r = 0; r < pair.rows; ++r)
+    w.add_dq(pair.b, pair.h, row + r, t.queries + r * t.stride_k, first, last);
   __atomic_store_n(turn, int(block_k + 1), __ATOMIC_RELEASE);
-  if (block_k == w.last_block(visible, block_q, seq.len_q))
-    for (int64_t r = 0; r < pair.rows; ++r) w.store_dq(pair.b, pair.h, row + r);
 }
 
 void run_keys(const Backward& w, const Work& t, int64_t b, int64_t head_k, int64_t block_k) {

@@ -127,6 +127,16 @@ static inline void scale_row(float* x, int64_t n, float factor) {
   for (; i < n; ++i) x[i] *= factor;
 }
 
+static inline void add_row(float* x, const float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) v_store(x + i, v_add(v_load(x + i), v_load(y + i)));
+  for (; i < n; ++i) x[i] += y[i];
+}
+
+static inline void copy_row(float* x, const float* y, int64_t n) {
+  load_row(x, y, n, DType::f32);
+}
+
 static inline void fill(float* x, int64_t n, float value) {
   for (int64_t i = 0; i < n; ++i) x[i] = value;
 }
