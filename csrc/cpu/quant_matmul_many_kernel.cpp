@@ -8,6 +8,7 @@
 // a tile is 3 % faster and doubles the rounding error.)
 #include "common/parallel.h"
 #include "cpu/quant_matmul_decode.h"
+#include "cpu/transpose.h"
 
 namespace gp {
 namespace GP_ISA {
@@ -21,7 +22,7 @@ constexpr int NR = 6, MV = 2;
 constexpr int NR = 4, MV = 4;
 #endif
 constexpr int MB = MV * VL;       // rows of x in a register tile
-constexpr int PANEL = 24;         // rows of W in a decoded tile, a multiple of NR
+constexpr int PANEL = 24;         // most rows of W in a decoded tile, a multiple of NR
 constexpr int64_t KB = 128;       // columns of W in a decoded tile
 constexpr int64_t RUN = 64;       // columns summed in registers
 constexpr int64_t M_CHUNK = 512;  // rows of x that share one decoding
@@ -50,19 +51,6 @@ void tile_product(int64_t kc, const float* w, const float* x, float* c, int64_t 
     }
 }
 
-// x rows m0.. of one register tile, transposed: out[k][0..MB), zeros after row m.
-void pack_rows(const QuantMatmulArgs& a, int64_t m0, int64_t m, float* row, float* out) {
-  const int64_t k = a.w.k;
-  for (int64_t r = 0; r < MB; ++r) {
-    if (m0 + r < m) {
-      load_row(row, offset(a.x, (m0 + r) * k, a.dtype), k, a.dtype);
-      for (int64_t i = 0; i < k; ++i) out[i * MB + r] = row[i];
-    } else {
-      for (int64_t i = 0; i < k; ++i) out[i * MB + r] = 0.0f;
-    }
-  }
-}
-
 }  // namespace
 
 bool quant_matmul_many(const QuantMatmulArgs& a) {
@@ -71,23 +59,28 @@ bool quant_matmul_many(const QuantMatmulArgs& a) {
   const int64_t chunk = a.m < M_CHUNK ? a.m : M_CHUNK;
   const int64_t tiles = (chunk + MB - 1) / MB;
   const int64_t threads = a.threads;
-  Scratch packed(tiles * MB * k * 4), rows(threads * k * 4), wtile(threads * PANEL * KB * 4),
-      sums(threads * PANEL * tiles * MB * 4);
-  if (!packed.ok() || !rows.ok() || !wtile.ok() || !sums.ok()) return false;
+  Scratch packed(tiles * MB * k * 4), wtile(threads * PANEL * KB * 4);
+  Scratch sums(threads * PANEL * tiles * MB * 4);
+  if (!packed.ok() || !wtile.ok() || !sums.ok()) return false;
+  // Panels of one size but for one register tile; where they are few, as many for each thread.
+  const int64_t units = (n + NR - 1) / NR;
+  int64_t items = (n + PANEL - 1) / PANEL;
+  if (items < 8 * threads) items = (items + threads - 1) / threads * threads;
+  if (items > units) items = units;
   const Decoder decoder(w);
   float* xp = packed.as<float>();
   for (int64_t m0 = 0; m0 < a.m; m0 += M_CHUNK) {
     const int64_t m_end = m0 + M_CHUNK < a.m ? m0 + M_CHUNK : a.m;
     const int64_t used = (m_end - m0 + MB - 1) / MB;
-    parallel_for(used, a.threads, [&](int64_t t, int thread) {
-      pack_rows(a, m0 + t * MB, m_end, rows.as<float>() + thread * k, xp + t * MB * k);
+    parallel_for(used, a.threads, [&](int64_t t, int) {
+      transpose_rows(a.x, k, a.dtype, m0 + t * MB, m_end, MB, xp + t * MB * k, MB);
     });
-    parallel_for((n + PANEL - 1) / PANEL, a.threads, [&](int64_t item, int thread) {
+    parallel_for(items, a.threads, [&](int64_t item, int thread) {
       const KeepSubnormals keep;
       float* tile = wtile.as<float>() + thread * PANEL * KB;
       float* c = sums.as<float>() + thread * PANEL * tiles * MB;
-      const int64_t n0 = item * PANEL, c_stride = tiles * MB;
-      const int64_t nn = n - n0 < PANEL ? n - n0 : PANEL;
+      const int64_t n0 = item * units / items * NR, n1 = (item + 1) * units / items * NR;
+      const int64_t nn = (n1 < n ? n1 : n) - n0, c_stride = tiles * MB;
       for (int64_t k0 = 0; k0 < k; k0 += KB) {
         const int64_t kc = k - k0 < KB ? k - k0 : KB;
         for (int64_t r = 0; r < nn; ++r) {
@@ -109,14 +102,9 @@ bool quant_matmul_many(const QuantMatmulArgs& a) {
           }
         }
       }
-      float bias[PANEL];
-      for (int64_t r = 0; r < nn; ++r)
-        bias[r] = a.bias ? load_one(a.bias, n0 + r, a.bias_dtype) : 0.0f;
-      for (int64_t m = m0; m < m_end; ++m) {
-        float y[PANEL];
-        for (int64_t r = 0; r < nn; ++r) y[r] = c[r * c_stride + m - m0] + bias[r];
-        store_row(offset(a.y, m * n + n0, a.dtype), y, nn, a.dtype);
-      }
+      float bias[PANEL] = {};
+      for (int64_t r = 0; r < nn && a.bias; ++r) bias[r] = load_one(a.bias, n0 + r, a.bias_dtype);
+      store_transposed(c, c_stride, bias, nn, m_end - m0, offset(a.y, m0 * n + n0, a.dtype), n, a.dtype);
     });
   }
   return true;
