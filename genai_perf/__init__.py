@@ -35,6 +35,9 @@ _EXPORTS = {
     "Wanda": "compression",
     "RIA": "compression",
     "load_compressed": "integrations.transformers",
+    "patch": "integrations.patching",
+    "unpatch": "integrations.patching",
+    "route_sdpa": "integrations.sdpa",
 }
 _SUBMODULES = (
     "bench",

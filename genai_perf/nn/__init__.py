@@ -2,5 +2,15 @@
 
 from .linear import QuantConfig, QuantizedWeight, QuantLinear
 from .model import QuantizationRecord, quantize_model
+from .multihead import MultiheadAttention
+from .selfattention import GroupedQueryAttention
 
-__all__ = ["QuantConfig", "QuantLinear", "QuantizationRecord", "QuantizedWeight", "quantize_model"]
+__all__ = [
+    "GroupedQueryAttention",
+    "MultiheadAttention",
+    "QuantConfig",
+    "QuantLinear",
+    "QuantizationRecord",
+    "QuantizedWeight",
+    "quantize_model",
+]

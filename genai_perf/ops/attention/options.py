@@ -40,6 +40,20 @@ class Options(NamedTuple):
     softcap: float
 
 
+# No rule but softmax_scale, which the caller replaces.
+PLAIN = Options(
+    attn_bias=None,
+    sinks=None,
+    alibi_slopes=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=0,
+    max_seqlen_k=0,
+    window_left=-1,
+    window_right=-1,
+    softmax_scale=1.0,
+    softcap=0.0,
+)
 # The tensors among them that have a gradient come first.
 DIFFERENTIABLE = 2
 TENSORS = 5
