@@ -17,3 +17,4 @@ inline T* as_pointer(std::uintptr_t address) {
 
 void bind_attention(py::module_& m);
 void bind_quant_matmul(py::module_& m);
+void bind_distill_loss(py::module_& m);

@@ -28,4 +28,5 @@ PYBIND11_MODULE(_C, m) {
   bind_attention(m);
   bind_quantize(m);
   bind_quant_matmul(m);
+  bind_distill_loss(m);
 }
