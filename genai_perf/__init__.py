@@ -42,6 +42,7 @@ _EXPORTS = {
 _SUBMODULES = (
     "bench",
     "compression",
+    "distill",
     "flash_attn",
     "formats",
     "integrations",

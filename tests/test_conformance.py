@@ -45,7 +45,31 @@ def _quant_matmul(case, backend):
     return {"x": x, **weight.components()}, call
 
 
-ADAPTERS = {"attention": _attention, "quantize": _quantize, "quant_matmul": _quant_matmul}
+def _distill_loss(case, backend):
+    cases = import_module("genai_perf.ops.distill_loss.cases")
+    student, teacher, labels = cases.make_inputs(case)
+    hidden, weight, _, _ = cases.make_head(case)
+    leaves = {"student": student, "hidden": hidden, "weight": weight}
+    leaves = {name: tensor.requires_grad_() for name, tensor in leaves.items()}
+    options = {"kind": case.kind, "backend": backend} | case.options
+
+    def call():
+        loss = gp.distill.distillation_loss(student, teacher, labels, **options)
+        fused = gp.distill.fused_linear_distillation_loss(
+            hidden, weight, labels=labels, teacher=cases.as_keyword(teacher), **options
+        )
+        grads = torch.autograd.grad(loss + fused, list(leaves.values()))
+        return {"loss": loss, "fused": fused} | dict(zip(leaves, grads, strict=True))
+
+    return leaves | {"labels": labels}, call
+
+
+ADAPTERS = {
+    "attention": _attention,
+    "quantize": _quantize,
+    "quant_matmul": _quant_matmul,
+    "distill_loss": _distill_loss,
+}
 
 
 def combinations():

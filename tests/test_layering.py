@@ -15,7 +15,7 @@ LAYERS = [
     {"_backends", "_dispatch"},
     {"ops"},
     {"nn", "models", "flash_attn"},
-    {"compression", "io", "neuron"},
+    {"compression", "io", "distill", "neuron"},
     {"integrations"},
     {"bench", "testing"},
     {"cli", "__main__", "__init__"},

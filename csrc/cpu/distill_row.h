@@ -10,7 +10,7 @@
 namespace gp {
 namespace GP_ISA {
 
-constexpr int64_t SUM_BLOCK = 1024;  // a multiple of VL
+constexpr int64_t SUM_BLOCK = 64 * VL;
 
 static inline int64_t whole_vectors(int64_t n) { return (n + VL - 1) / VL * VL; }
 

@@ -83,6 +83,10 @@ def _calls(device: str) -> Iterator[tuple[str, Callable, tuple]]:
         yield f"quantize, {fmt}", gp.quantize, (weight.to(device), fmt)
         yield f"dequantize, {fmt}", gp.dequantize, (packed,)
         yield f"quant_matmul, {fmt}", gp.quant_matmul, (x, packed)
+    logits, head = torch.zeros(2, 16, device=device), torch.zeros(16, 8, device=device)
+    yield "distill_loss, logits", gp.distill.distillation_loss, (logits, logits)
+    fused = gp.distill.fused_linear_distillation_loss
+    yield "distill_loss, fused with a head", fused, (logits[:, :8], head, logits[:, :8], head)
 
 
 def _show(found: dict, console: Console) -> None:

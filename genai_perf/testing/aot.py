@@ -19,7 +19,10 @@ from .._backends import triton as toolchain
 from .._backends.triton_aot import CHIPS, Compiled, compile_for
 
 # Ops with Triton kernels: each has a module `sources(arch, subset=...)`.
-SHIPPED = ("genai_perf.ops.attention.triton.shipped",)
+SHIPPED = (
+    "genai_perf.ops.attention.triton.shipped",
+    "genai_perf.ops.distill_loss.triton.shipped",
+)
 
 
 def _names(arch: str, *, subset: bool) -> Iterator[tuple[str, str]]:

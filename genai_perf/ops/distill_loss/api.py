@@ -1,4 +1,4 @@
-"""gp.distill.distillation_loss and gp.distill.fused_linear_distillation_loss: checks, then the ops."""
+"""gp.distill.distillation_loss and gp.distill.fused_linear_distillation_loss: checks, then ops."""
 
 import torch
 from torch import Tensor
@@ -70,8 +70,8 @@ def distillation_loss(
         backend: "triton", "native" or "reference"; None takes the first that can run the call.
 
     Returns:
-        (), fp32 (float64 for float64); with return_parts also (2), detached. 0 with gradient 0 where
-        no token is valid.
+        (), fp32 (float64 for float64); with return_parts also (2), detached. 0 with gradient 0
+        where no token is valid.
 
     Raises:
         ValueError: a shape, dtype, label, id or number that cannot be.
@@ -133,8 +133,8 @@ def fused_linear_distillation_loss(
 
     Tokens go through in chunks whose logits take `chunk_bytes`; the gradient is computed with the
     loss, so nothing is computed twice and the backward pass only hands it on. The gradient of the
-    weight is summed over chunks in fp32. Tokens whose label is ignore_index cost nothing. Logits and
-    their gradient are fp32 whatever the dtypes, also under autocast.
+    weight is summed over chunks in fp32. Tokens whose label is ignore_index cost nothing. Logits
+    and their gradient are fp32 whatever the dtypes, also under autocast.
 
     The teacher is one of: teacher_hidden and teacher_weight; `teacher=TopK(ids, logprobs)`, which
     needs no product of the teacher's; `teacher=Logits(logits)`; nothing, with alpha=1.
@@ -171,7 +171,7 @@ def fused_linear_distillation_loss(
     teacher_rows = teacher_vocab = None
     if teacher_hidden is not None:
         if teacher_hidden.shape[:-1] != leading:
-            fail(op, "teacher_hidden", f"{leading + ('H',)} as student_hidden",
+            fail(op, "teacher_hidden", f"{(*leading, 'H')} as student_hidden",
                  f"shape {tuple(teacher_hidden.shape)}")  # fmt: skip
         teacher_rows, teacher_weight = _head(op, "teacher", teacher_hidden, teacher_weight,
                                              teacher_bias)  # fmt: skip
@@ -262,7 +262,7 @@ def _teacher_rows(op: str, teacher, leading: torch.Size, like: Tensor):
     if isinstance(teacher, TopK):
         ids, logprobs = teacher.ids, teacher.logprobs.detach()
         if ids.shape[:-1] != leading:
-            fail(op, "ids of the top-k teacher", f"{tuple(leading)} + (k,) as the student",
+            fail(op, "ids of the top-k teacher", f"{(*leading, 'k')} as the student",
                  f"shape {tuple(ids.shape)}")  # fmt: skip
         check_same(op, "device", student=like, ids=ids, logprobs=logprobs)
         k = ids.shape[-1]
@@ -271,7 +271,7 @@ def _teacher_rows(op: str, teacher, leading: torch.Size, like: Tensor):
     check_dtype(op, FLOATS, teacher_logits=teacher)
     check_same(op, "device", student=like, teacher_logits=teacher)
     if teacher.shape[:-1] != leading:
-        fail(op, "teacher_logits", f"{tuple(leading)} + (V,) as the student",
+        fail(op, "teacher_logits", f"{(*leading, 'V')} as the student",
              f"shape {tuple(teacher.shape)}")  # fmt: skip
     return teacher.detach().reshape(-1, teacher.shape[-1]), None, None
 

@@ -8,14 +8,14 @@ from .options import Options
 
 
 def _times(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """grad * factor; grad itself where the factor is known to be 1, as it is for loss.backward()."""
+    """grad * factor; grad itself where the factor is 1, as it is for loss.backward()."""
     if not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor.item() == 1:
         return grad
     return grad * factor.to(grad.dtype)
 
 
 class RowsLoss(torch.autograd.Function):
-    """Loss of given logits (rows, V) and its parts; only the first `vocab` columns are read."""
+    """Loss of logits (rows, V) and its parts; only the first `vocab` columns are read."""
 
     @staticmethod
     def forward(ctx, logits, teacher, ids, logprobs, labels, weights, vocab, inplace, need_grad,

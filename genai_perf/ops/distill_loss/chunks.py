@@ -1,8 +1,8 @@
 """The head fused with the loss: logits exist only for a chunk of tokens at a time.
 
-For each chunk: both projections, the row kernel, which writes the gradient over the student's logits,
-and two products that carry it on, to the hidden states and to the weight. Nothing is computed twice,
-and nothing waits for the backward pass but a factor.
+For each chunk: both projections, the row kernel, which writes the gradient over the student's
+logits, and two products that carry it on, to the hidden states and to the weight. Nothing is
+computed twice, and nothing waits for the backward pass but a factor.
 """
 
 from collections.abc import Callable
@@ -10,24 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..._checks import fail
 from .options import Options, accumulation_dtype
 
-OP = "distillation loss"
 _BLOCK_BYTES = 8 << 20  # of a weight that is converted to the dtype of the sums, at a time
-
-
-def refuse(code: int, row: int, vocab: int, ids, logprobs, labels) -> None:
-    """Raise the sentence of a row error; the codes are those of csrc/cpu/distill_loss.h."""
-    if code == 1:
-        fail(OP, f"labels[{row}]", f"ignore_index or from 0 to {vocab - 1}", int(labels[row]))
-    if code == 2:
-        got = "another" if ids is None else ids[row].tolist()
-        fail(OP, f"top-k ids of row {row}", f"from 0 to {vocab - 1}", got)
-    if code == 3:
-        fail(OP, f"top-k ids of row {row}", "all different", "one that repeats")
-    mass = logprobs[row].float().exp().sum().item()
-    fail(OP, f"top-k probabilities of row {row}", "at most 1 in sum", f"{mass:.4g}")
 
 
 def total(loss: Tensor, weights: Tensor, options: Options) -> tuple[Tensor, Tensor]:

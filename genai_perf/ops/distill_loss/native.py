@@ -1,10 +1,11 @@
-"""CPU kernels in C++ (csrc/cpu/distill_*): a row stays in cache between its sums and its gradient."""
+"""CPU kernels in C++ (csrc/cpu/distill_*): a row stays in cache from its sums to its gradient."""
 
 import torch
 
 from ..._backends import native
 from . import chunks
 from .options import KINDS, Options
+from .values import refuse
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,5 +76,5 @@ def _run(logits, teacher, ids, logprobs, labels, weights, grad, o: Options) -> t
         native.threads(),
     )  # fmt: skip
     if error:
-        chunks.refuse(error, row, vocab, ids, logprobs, labels)
+        refuse(error, row, vocab, ids, logprobs, labels)
     return loss

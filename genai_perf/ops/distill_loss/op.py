@@ -37,8 +37,7 @@ def _fake_linear(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_b
 ROWS = Op(
     __package__,
     "distill_loss",
-    f"(Tensor logits, {_ROWS}, bool need_grad, {SCHEMA}, *, str? backend=None)"
-    " -> (Tensor, Tensor)",
+    f"(Tensor logits, {_ROWS}, bool need_grad, {SCHEMA}, *, str? backend=None) -> (Tensor, Tensor)",
     fake=_fake,
     backends=BACKENDS,
 )

@@ -1,4 +1,4 @@
-"""What a distillation loss is made of, beside its tensors: one list for schema, api and backends."""
+"""What a distillation loss is made of beside its tensors: one list for schema, api, backends."""
 
 from typing import NamedTuple
 

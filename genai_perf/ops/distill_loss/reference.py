@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from . import chunks
 from .options import Options, accumulation_dtype
+from .values import check_values
 
 
 def why_not(*args) -> None:
@@ -67,8 +68,10 @@ def rows(logits: Tensor, teacher: Tensor | None, ids: Tensor | None, logprobs: T
         s, t = (F.log_softmax(x / o.temperature, -1) for x in (z, zt))
         soft = divergence(s, t, o.kind, o.beta)
     elif ids is not None:
-        soft = divergence(*bins(z / o.temperature, ids.long(), logprobs.to(dtype), o), o.kind,
-                          o.beta)  # fmt: skip
+        k = ids.shape[-1]
+        ids = torch.where(live[:, None], ids, torch.arange(k, device=ids.device)).long()
+        kept = torch.where(live[:, None], logprobs, -math.log(k + 1)).to(dtype)
+        soft = divergence(*bins(z / o.temperature, ids, kept, o), o.kind, o.beta)
     hard = z.new_zeros(len(z))
     if labels is not None and o.hard_weight:
         hard = F.cross_entropy(z, torch.where(live, labels, 0), reduction="none")
@@ -88,25 +91,6 @@ def bins(u: Tensor, ids: Tensor, logprobs: Tensor, o: Options) -> tuple[Tensor, 
     # What is left of the teacher may be exactly 0: bounded as in the kernels.
     left = torch.maximum(left, rest.detach() - 80.0)
     return torch.cat([s.gather(-1, ids), rest], -1), torch.cat([logprobs, left], -1)
-
-
-def check_values(vocab, ids, logprobs, labels, weights) -> None:
-    """Raises ValueError where a label, an id or the mass of a row cannot be."""
-    live = weights != 0
-    if labels is not None:
-        bad = live & ((labels < 0) | (labels >= vocab))
-        if bad.any():
-            chunks.refuse(1, int(bad.nonzero()[0]), vocab, ids, logprobs, labels)
-    if ids is not None:
-        ids = ids[live].long()
-        for code, bad in (
-            (2, (ids < 0) | (ids >= vocab)),
-            (3, ids.sort(-1).values.diff(dim=-1) == 0),
-            (4, ~(logprobs[live].float().exp().sum(-1, keepdim=True) <= 1.01)),
-        ):
-            if bad.any():
-                row = int(live.nonzero()[bad.any(-1).nonzero()[0]])
-                chunks.refuse(code, row, vocab, None, logprobs, labels)
 
 
 def forward(logits, teacher, ids, logprobs, labels, weights, need_grad, *options):
