@@ -57,12 +57,17 @@ PLAIN = Options(
     alibi_slopes=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
+    block_mask=None,
+    rng_state=None,
     max_seqlen_q=0,
     max_seqlen_k=0,
     window_left=-1,
     window_right=-1,
     softmax_scale=1.0,
     softcap=0.0,
+    block_q=1,
+    block_k=1,
+    dropout_p=0.0,
 )
 # The tensors among them that have a gradient come first.
 DIFFERENTIABLE = 2
