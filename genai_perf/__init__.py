@@ -21,6 +21,8 @@ _EXPORTS = {
     "flash_attn_varlen_func": "flash_attn",
     "flash_attn_varlen_kvpacked_func": "flash_attn",
     "flash_attn_varlen_qkvpacked_func": "flash_attn",
+    "decode_attention": "ops.decode_attention",
+    "flash_attn_with_kvcache": "ops.decode_attention",
     "quantize": "ops.quantize",
     "dequantize": "ops.quantize",
     "quant_matmul": "ops.quant_matmul",

@@ -24,6 +24,17 @@ def _attention(case, backend):
     return leaves, call
 
 
+def _decode_attention(case, backend):
+    inputs = import_module("genai_perf.ops.decode_attention.cases").make_inputs(case)
+
+    def call():
+        own = inputs | {n: inputs[n].clone() for n in ("k_cache", "v_cache")}  # written in place
+        out, lse = gp.decode_attention(**own, return_lse=True, backend=backend)
+        return {"out": out, "lse": lse}
+
+    return {n: x for n, x in inputs.items() if isinstance(x, torch.Tensor)}, call
+
+
 def _quantize(case, backend):
     x = import_module("genai_perf.ops.quantize.cases").make_inputs(case)
 
@@ -66,6 +77,7 @@ def _distill_loss(case, backend):
 
 ADAPTERS = {
     "attention": _attention,
+    "decode_attention": _decode_attention,
     "quantize": _quantize,
     "quant_matmul": _quant_matmul,
     "distill_loss": _distill_loss,

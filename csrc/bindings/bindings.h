@@ -16,5 +16,6 @@ inline T* as_pointer(std::uintptr_t address) {
 }
 
 void bind_attention(py::module_& m);
+void bind_decode_attention(py::module_& m);
 void bind_quant_matmul(py::module_& m);
 void bind_distill_loss(py::module_& m);

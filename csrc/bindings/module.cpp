@@ -26,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_openmp_of", [](const std::string& name) { return gp::use_openmp_of(name.c_str()); });
   m.def("uses_openmp", &gp::uses_openmp);
   bind_attention(m);
+  bind_decode_attention(m);
   bind_quantize(m);
   bind_quant_matmul(m);
   bind_distill_loss(m);

@@ -14,6 +14,7 @@ DTYPE_CODES = {
     torch.float16: 2,
     torch.float8_e4m3fn: 3,
     torch.float8_e5m2: 4,
+    torch.int8: 5,
 }
 
 

@@ -1,0 +1,79 @@
+#include <pybind11/stl.h>
+
+#include <new>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "cpu/decode_attention.h"
+
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+template <class T>
+T* pointer_at(const Ints& n, size_t i) {
+  return as_pointer<T>(static_cast<std::uintptr_t>(n.at(i)));
+}
+
+// (address, batch stride, seqlen stride, head stride)
+gp::Tensor4 tensor4(const Ints& n) { return {pointer_at<void>(n, 0), n.at(1), n.at(2), n.at(3)}; }
+
+// k and v as above, then the other members of DecodeCache in its order.
+gp::DecodeCache cache(const Ints& k, const Ints& v, const Ints& n) {
+  gp::DecodeCache c{};
+  c.k = tensor4(k), c.v = tensor4(v);
+  c.dtype = static_cast<gp::DType>(n.at(0));
+  c.k_scale = pointer_at<const float>(n, 1), c.v_scale = pointer_at<const float>(n, 2);
+  c.scale_batch = n.at(3);
+  c.seqlens = pointer_at<const int32_t>(n, 4), c.leftpad = pointer_at<const int32_t>(n, 5);
+  c.batch_idx = pointer_at<const int32_t>(n, 6), c.block_table = pointer_at<const int32_t>(n, 7);
+  c.table_stride = n.at(8), c.page_size = n.at(9);
+  return c;
+}
+
+void require_memory(bool done) {
+  if (!done) throw std::bad_alloc();
+}
+
+}  // namespace
+
+void bind_decode_attention(py::module_& m) {
+  // `sizes`: batch, seqlen_q, heads, heads_k, dim, dim_v, window_left, window_right, num_splits,
+  // alibi_slopes, its batch stride, sinks, dtype, threads.
+  m.def("decode_attention", [](const Ints& sizes, float scale, float softcap, const Ints& q,
+                               const Ints& k, const Ints& v, const Ints& rest, const Ints& out,
+                               std::uintptr_t lse) {
+    gp::DecodeArgs a{};
+    a.batch = sizes.at(0), a.seqlen_q = sizes.at(1), a.heads = sizes.at(2);
+    a.heads_k = sizes.at(3), a.dim = sizes.at(4), a.dim_v = sizes.at(5);
+    a.window_left = sizes.at(6), a.window_right = sizes.at(7), a.num_splits = sizes.at(8);
+    a.scale = scale, a.softcap = softcap;
+    a.alibi_slopes = pointer_at<const float>(sizes, 9), a.alibi_batch = sizes.at(10);
+    a.sinks = pointer_at<const float>(sizes, 11);
+    a.dtype = static_cast<gp::DType>(sizes.at(12)), a.threads = static_cast<int>(sizes.at(13));
+    a.cache = cache(k, v, rest);
+    a.q = tensor4(q), a.out = tensor4(out), a.lse = as_pointer<float>(lse);
+    py::gil_scoped_release release;
+    require_memory(GP_KERNEL(decode_attention)(a));
+  });
+  // `sizes`: batch, seqlen_q, seqlen_new, heads, heads_k, dim, dim_v, dtype. `rotary`: cos, sin,
+  // rotary_half, interleaved, q_in_sequence, positions; or nothing.
+  m.def("decode_append", [](const Ints& sizes, const Ints& k_cache, const Ints& v_cache,
+                            const Ints& rest, const Ints& k, const Ints& v, const Ints& rotary,
+                            const Ints& q, const Ints& q_out) {
+    gp::DecodeAppendArgs a{};
+    a.batch = sizes.at(0), a.seqlen_q = sizes.at(1), a.seqlen_new = sizes.at(2);
+    a.heads = sizes.at(3), a.heads_k = sizes.at(4), a.dim = sizes.at(5), a.dim_v = sizes.at(6);
+    a.dtype = static_cast<gp::DType>(sizes.at(7));
+    a.cache = cache(k_cache, v_cache, rest);
+    a.k = tensor4(k), a.v = tensor4(v);
+    if (!rotary.empty()) {
+      a.cos = pointer_at<const float>(rotary, 0), a.sin = pointer_at<const float>(rotary, 1);
+      a.rotary_half = rotary.at(2), a.interleaved = rotary.at(3), a.q_in_sequence = rotary.at(4);
+      a.positions = pointer_at<const int32_t>(rotary, 5);
+      a.q = tensor4(q), a.q_out = tensor4(q_out);
+    }
+    py::gil_scoped_release release;
+    require_memory(GP_KERNEL(decode_append)(a));
+  });
+}
