@@ -22,7 +22,7 @@ from .recipe import Recipe
 from .report import LayerReport
 
 # Tokens that go through a block at once; more would hold larger activations for no more speed.
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 Progress = Callable[[int, int, str], None]
 
@@ -129,7 +129,7 @@ def compress_blocks(
     finished = [Outcome.from_dict(note) for note in store.finished[:total]]
     if windows is not None and len(finished) < total:
         progress(0, total, "embedding")
-        batches = list(windows.split(max(1, _BATCH_TOKENS // windows.shape[1])))
+        batches = list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
         kwargs = model.block_inputs(batches, hidden).kwargs
     recipes = [recipe] * total
     if recipe.pruner and recipe.pruner.allocation and len(finished) < total:
