@@ -24,6 +24,21 @@ struct AttentionBias {
   int64_t batch = 0, head = 0, row = 0, col = 0;
 };
 
+// Query i sees key j only where byte (i / size_q, j / size_k) is not 0; strides 0 where broadcast.
+struct AttentionBlocks {
+  const uint8_t* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, col = 0;
+  int64_t size_q = 1, size_k = 1;
+};
+
+// Probabilities are dropped where a word of Philox is below `below`, else multiplied by `keep_scale`;
+// the word depends on seed, offset, sequence, head, query and key alone (csrc/cpu/attention_dropout.h).
+struct AttentionDropout {
+  uint32_t below = 0;  // probability * 2^32
+  float keep_scale = 1;
+  uint64_t seed = 0, offset = 0;
+};
+
 struct AttentionShape {
   int64_t batch, seqlen_q, seqlen_k;  // seqlen_* are unused where cu_seqlens_* are set
   int64_t heads, heads_k, dim, dim_v;
@@ -37,6 +52,8 @@ struct AttentionShape {
   int64_t alibi_batch;        // stride; heads are contiguous
   const float* sinks;         // (heads): a score without a value, in every softmax of its head
   AttentionBias bias;
+  AttentionBlocks blocks;
+  AttentionDropout dropout;
   DType dtype;
   int threads;
 };

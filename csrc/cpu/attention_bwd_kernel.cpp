@@ -70,7 +70,7 @@ struct Backward {
 // One thread's scratch.
 struct Work {
   int64_t stride_k, stride_v, score_stride;
-  float *keys, *keys_t, *values_t, *dk, *dv, *queries, *dout, *scores, *dscores, *lines, *cap, *line, *sum;
+  float *keys, *keys_t, *values_t, *dk, *dv, *queries, *dout, *scores, *dscores, *lines, *cap, *line, *sum, *factor;
 
   Work(const Backward& w, float* memory)
       : stride_k(row_stride(w.s.dim)), stride_v(row_stride(w.s.dim_v)),
@@ -93,10 +93,11 @@ struct Work {
     cap = take(score_stride);
     line = take(score_stride);
     sum = take(score_stride);
+    factor = take(score_stride);
   }
   static int64_t size(const Backward& w) {
     const int64_t k = row_stride(w.s.dim), v = row_stride(w.s.dim_v), n = w.block_n + ROW_PAD;
-    return w.block_n * (3 * k + 2 * v) + BLOCK_M * (k + v + 2 * n) + PACK_ROWS * max64(k, v) + 3 * n;
+    return w.block_n * (3 * k + 2 * v) + BLOCK_M * (k + v + 2 * n) + PACK_ROWS * max64(k, v) + 4 * n;
   }
 };
 
@@ -137,22 +138,24 @@ void prepare(const Backward& w, int64_t item, float* line) {
 }
 
 // Bounds in query rows of the strips of keys: what the transposed products sum over.
-void key_bounds(Bounds& bounds, const Visible& visible, int64_t q0, int64_t rows, int64_t k0,
-                int64_t cols) {
+void key_bounds(Bounds& bounds, const Visible& visible, const Blocks& blocks, int64_t q0,
+                int64_t rows, int64_t k0, int64_t cols) {
   int64_t lo = 0, hi = 0;
   for (int64_t m = 0, s = 0; m < cols; m += MR, ++s) {
     const int64_t last = min64(m + MR, cols) - 1;
     while (lo < rows && visible.hi(q0 + lo) <= k0 + m) ++lo;
     while (hi < rows && visible.lo(q0 + hi) <= k0 + last) ++hi;
-    bounds.lo[s] = int(lo);
-    bounds.hi[s] = int(hi);
+    int64_t from = q0 + lo, to = q0 + max64(hi, lo);
+    if (blocks.any()) blocks.shrink_queries(k0 + m, k0 + last, from, to);
+    bounds.lo[s] = int(from - q0);
+    bounds.hi[s] = int(to - q0);
   }
 }
 
 // p becomes P and ds dS over [lo, hi), both 0 elsewhere up to cols. Not inlined, as exp_row is not.
 __attribute__((noinline)) void gradient_row(float* p, float* ds, int64_t cols, int64_t lo, int64_t hi, float lse,
                   float delta) {
-  const int64_t from = lo / VL * VL, to = round_up(hi, VL);
+  const int64_t from = lo / VL * VL, to = hi > lo ? round_up(hi, VL) : from;
   fill(p + from, lo - from, -INFINITY);
   fill(p + hi, to - hi, -INFINITY);
   // A row without a key has lse -inf; +inf makes each of its probabilities 0. The difference is taken
@@ -175,8 +178,9 @@ struct Pair {  // a block of queries of one head and a block of keys
 
 // From the products S and dP to P and dS, with what the score rule adds on either side.
 void gradients(const Backward& w, const Work& t, const Sequence& seq, const Visible& visible,
-               const Pair& pair) {
+               const Pair& pair, const Bounds& bounds) {
   const ScoreRule rule(w.s, seq, pair.b, pair.h);
+  const Dropout dropout(w.s, pair.b, pair.h);
   const int64_t padded = round_up(pair.cols, VL);
   // Where all queries share one row of the bias, sums of sums of a block lose less than one long sum.
   const bool one_row = w.a.dbias && w.a.dbias_row == 0;
@@ -186,11 +190,16 @@ void gradients(const Backward& w, const Work& t, const Sequence& seq, const Visi
   if (one_row) fill(t.sum, pair.cols, 0.0f);
   for (int64_t r = 0; r < pair.rows; ++r) {
     const int64_t i = pair.q0 + r, row = w.row(pair.b, pair.h, seq.first_q + i);
-    const int64_t lo = min64(max64(visible.lo(i) - pair.k0, 0), pair.cols);
-    const int64_t hi = max64(min64(visible.hi(i) - pair.k0, pair.cols), lo);
+    const int64_t lo = min64(max64(visible.lo(i) - pair.k0, bounds.lo[r / MR]), pair.cols);
+    const int64_t hi = max64(min64(visible.hi(i) - pair.k0, bounds.hi[r / MR]), lo);
     float *p = t.scores + r * t.score_stride, *ds = t.dscores + r * t.score_stride;
     if (rule.any) rule.apply(p, i, pair.k0, lo, hi, t.cap, t.line);
+    if (dropout.any()) {
+      dropout.factors(t.factor, i, pair.k0, lo, hi);
+      multiply_row(ds + lo, t.factor + lo, hi - lo);
+    }
     gradient_row(p, ds, padded, lo, hi, w.a.lse[row], w.delta[row]);
+    if (dropout.any()) multiply_row(p + lo, t.factor + lo, hi - lo);
     if (dbias) {
       float* sum = one_row ? t.sum : dbias + i * w.a.dbias_row;
       for (int64_t j = lo; j < hi; ++j) sum[j] += ds[j];
@@ -206,25 +215,29 @@ void run_pair(const Backward& w, const Work& t, const Sequence& seq, const Visib
               const Pair& pair, int64_t block_q, int64_t block_k) {
   const AttentionShape& s = w.s;
   const int64_t row = seq.first_q + pair.q0, padded = round_up(pair.cols, VL);
+  const Blocks blocks(s, pair.b, pair.h);
   Bounds by_query, by_key;
-  query_bounds(by_query, visible, pair.q0, pair.rows, pair.k0, pair.cols);
-  key_bounds(by_key, visible, pair.q0, pair.rows, pair.k0, pair.cols);
-  pack_rows(t.queries, t.stride_k, round_up(s.dim, VL), at(w.a.q, pair.b, row, pair.h, s.dtype),
-            w.a.q.seq, pair.rows, s.dim, s.dtype, s.scale);
-  pack_rows(t.dout, t.stride_v, round_up(s.dim_v, VL), at(w.a.dout, pair.b, row, pair.h, s.dtype),
-            w.a.dout.seq, pair.rows, s.dim_v, s.dtype, 1.0f);
-  product_scores(pair.rows, padded, s.dim, t.queries, t.stride_k, t.keys_t, t.scores,
-                 t.score_stride, by_query);
-  product_scores(pair.rows, padded, s.dim_v, t.dout, t.stride_v, t.values_t, t.dscores,
-                 t.score_stride, by_query);
-  gradients(w, t, seq, visible, pair);
-  product_sum<true>(pair.cols, round_up(s.dim_v, VL), t.scores, t.score_stride, t.dout, t.stride_v,
-                    t.dv, t.stride_v, by_key, true);
-  product_sum<true>(pair.cols, round_up(s.dim, VL), t.dscores, t.score_stride, t.queries,
-                    t.stride_k, t.dk, t.stride_k, by_key, true);
-  // dQ takes the place of the queries, and is added to memory row by row, while it is near.
-  product_sum<false>(pair.rows, round_up(s.dim, VL), t.dscores, t.score_stride, t.keys, t.stride_k,
-                     t.queries, t.stride_k, by_query, false);
+  if (query_bounds(by_query, visible, blocks, pair.q0, pair.rows, pair.k0, pair.cols)) {
+    key_bounds(by_key, visible, blocks, pair.q0, pair.rows, pair.k0, pair.cols);
+    pack_rows(t.queries, t.stride_k, round_up(s.dim, VL), at(w.a.q, pair.b, row, pair.h, s.dtype),
+              w.a.q.seq, pair.rows, s.dim, s.dtype, s.scale);
+    pack_rows(t.dout, t.stride_v, round_up(s.dim_v, VL), at(w.a.dout, pair.b, row, pair.h, s.dtype),
+              w.a.dout.seq, pair.rows, s.dim_v, s.dtype, 1.0f);
+    product_scores(pair.rows, padded, s.dim, t.queries, t.stride_k, t.keys_t, t.scores,
+                   t.score_stride, by_query);
+    product_scores(pair.rows, padded, s.dim_v, t.dout, t.stride_v, t.values_t, t.dscores,
+                   t.score_stride, by_query);
+    gradients(w, t, seq, visible, pair, by_query);
+    product_sum<true>(pair.cols, round_up(s.dim_v, VL), t.scores, t.score_stride, t.dout, t.stride_v,
+                      t.dv, t.stride_v, by_key, true);
+    product_sum<true>(pair.cols, round_up(s.dim, VL), t.dscores, t.score_stride, t.queries,
+                      t.stride_k, t.dk, t.stride_k, by_key, true);
+    // dQ takes the place of the queries, and is added to memory row by row, while it is near.
+    product_sum<false>(pair.rows, round_up(s.dim, VL), t.dscores, t.score_stride, t.keys, t.stride_k,
+                       t.queries, t.stride_k, by_query, false);
+  } else {
+    fill(t.queries, pair.rows * t.stride_k, 0.0f);
+  }
   const bool first = block_k == w.first_block(visible, block_q);
   const bool last = block_k == w.last_block(visible, block_q, seq.len_q);
   int* turn = w.turn + w.tile(pair.b, pair.h, block_q);

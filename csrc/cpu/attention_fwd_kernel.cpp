@@ -142,6 +142,7 @@ void add_block(const Cut& cut, const Work& w, const Sequence& seq, const Visible
                const Bounds& bounds) {
   const AttentionShape& s = cut.s;
   const ScoreRule rule(s, seq, b, t.h);
+  const Dropout dropout(s, b, t.h);
   product_scores(t.rows, round_up(cols, VL), s.dim, w.queries + t.at * cut.query_stride,
                  cut.query_stride, w.keys, w.scores, cut.score_stride, bounds);
   for (int64_t r = 0; r < t.rows; r += MR) {
@@ -157,6 +158,12 @@ void add_block(const Cut& cut, const Work& w, const Sequence& seq, const Visible
       fill(x + hi, to - hi, -INFINITY);
     }
     softmax_strip(cut, w, t, r, n, from, to);
+    if (dropout.any()) {
+      for (int64_t i = r; i < r + n; ++i) {
+        dropout.factors(w.line, t.q0 + i, k0, from, to);
+        multiply_row(w.scores + i * cut.score_stride + from, w.line + from, to - from);
+      }
+    }
   }
   product_sum<false>(t.rows, round_up(s.dim_v, VL), w.scores, cut.score_stride, w.values,
                      cut.value_stride, w.out + t.at * cut.value_stride, cut.value_stride, bounds, true);
@@ -200,7 +207,8 @@ void run_item(const Cut& cut, const Work& w, int64_t item) {
     bool packed = false;
     for (int64_t i = 0; i < count; ++i) {
       Bounds bounds;
-      if (!query_bounds(bounds, visible, tile[i].q0, tile[i].rows, k0, cols)) continue;
+      const Blocks blocks(s, b, tile[i].h);
+      if (!query_bounds(bounds, visible, blocks, tile[i].q0, tile[i].rows, k0, cols)) continue;
       if (!packed) {
         pack_transposed(w.keys, round_up(cols, VL), gp::GP_ISA::at(cut.a.k, b, row, head_k, s.dtype),
                         cut.a.k.seq, cols, s.dim, s.dtype, w.line);

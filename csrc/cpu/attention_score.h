@@ -2,6 +2,7 @@
 // happens to a row of scores before its softmax.
 #pragma once
 
+#include "cpu/attention_dropout.h"
 #include "cpu/attention_tile.h"
 
 namespace gp {
@@ -46,15 +47,56 @@ struct Visible {
   int64_t hi(int64_t i) const { return right < 0 ? len_k : clamp(i + offset + right + 1); }
 };
 
+// The block-sparse mask of one head.
+struct Blocks {
+  AttentionBlocks mask;
+
+  Blocks(const AttentionShape& s, int64_t b, int64_t h) : mask(s.blocks) {
+    if (any()) mask.data += b * mask.batch + h * mask.head;
+  }
+  bool any() const { return mask.data != nullptr; }
+
+  // Shrinks keys [lo, hi) to the first and last block that one of queries [first, last] sees.
+  void shrink_keys(int64_t first, int64_t last, int64_t& lo, int64_t& hi) const {
+    shrink(first / mask.size_q, last / mask.size_q, mask.row, mask.size_k, mask.col, lo, hi);
+  }
+  // Shrinks queries [lo, hi) to those in blocks that see one of keys [first, last].
+  void shrink_queries(int64_t first, int64_t last, int64_t& lo, int64_t& hi) const {
+    shrink(first / mask.size_k, last / mask.size_k, mask.col, mask.size_q, mask.row, lo, hi);
+  }
+  void hide(float* x, int64_t i, int64_t k0, int64_t lo, int64_t hi) const {
+    const uint8_t* row = mask.data + i / mask.size_q * mask.row;
+    for (int64_t j = lo; j < hi;) {
+      const int64_t block = (k0 + j) / mask.size_k, end = min64((block + 1) * mask.size_k - k0, hi);
+      for (; j < end; ++j) x[j] = row[block * mask.col] ? x[j] : -INFINITY;
+    }
+  }
+
+ private:
+  void shrink(int64_t first, int64_t last, int64_t own, int64_t size, int64_t other, int64_t& lo,
+              int64_t& hi) const {
+    auto seen = [&](int64_t block) {
+      for (int64_t i = first; i <= last; ++i)
+        if (mask.data[i * own + block * other]) return true;
+      return false;
+    };
+    while (lo < hi && !seen(lo / size)) lo = min64((lo / size + 1) * size, hi);
+    while (lo < hi && !seen((hi - 1) / size)) hi = max64((hi - 1) / size * size, lo);
+  }
+};
+
 // Bounds of the strips of query rows q0.. in the block of keys k0..k0+cols; false if no row sees any.
-static bool query_bounds(Bounds& bounds, const Visible& visible, int64_t q0, int64_t rows,
-                         int64_t k0, int64_t cols) {
+static bool query_bounds(Bounds& bounds, const Visible& visible, const Blocks& blocks, int64_t q0,
+                         int64_t rows, int64_t k0, int64_t cols) {
   bool any = false;
   for (int64_t m = 0, s = 0; m < rows; m += MR, ++s) {
     const int64_t last = min64(m + MR, rows) - 1;
-    bounds.lo[s] = int(min64(max64(visible.lo(q0 + m) - k0, 0), cols));
-    bounds.hi[s] = int(min64(max64(visible.hi(q0 + last) - k0, 0), cols));
-    any |= bounds.lo[s] < bounds.hi[s];
+    int64_t lo = min64(max64(visible.lo(q0 + m), k0), k0 + cols);
+    int64_t hi = min64(max64(visible.hi(q0 + last), k0), k0 + cols);
+    if (blocks.any()) blocks.shrink_keys(q0 + m, q0 + last, lo, hi);
+    bounds.lo[s] = int(lo - k0);
+    bounds.hi[s] = int(hi - k0);
+    any |= lo < hi;
   }
   return any;
 }
@@ -64,20 +106,21 @@ static inline float sink_of(const AttentionShape& s, int64_t h) {
   return s.sinks ? s.sinks[h] : -INFINITY;
 }
 
-// What one head of one sequence does to its scores: softcap, then ALiBi, then the bias.
+// What one head of one sequence does to its scores: softcap, then ALiBi, then bias and masks.
 struct ScoreRule {
   float softcap, slope;
   int64_t diagonal;  // len_k - len_q
   AttentionBias bias;
+  Blocks blocks;
   bool any;
 
   ScoreRule(const AttentionShape& s, const Sequence& seq, int64_t b, int64_t h)
       : softcap(s.softcap), slope(s.alibi_slopes ? s.alibi_slopes[b * s.alibi_batch + h] : 0.0f),
-        diagonal(seq.len_k - seq.len_q), bias(s.bias) {
+        diagonal(seq.len_k - seq.len_q), bias(s.bias), blocks(s, b, h) {
     const int64_t first = b * bias.batch + h * bias.head;
     const int64_t bytes = bias.kind == AttentionBias::keep_mask ? 1 : bias.dtype == DType::f32 ? 4 : 2;
     bias.data = static_cast<const char*>(bias.data) + first * bytes;
-    any = softcap != 0.0f || slope != 0.0f || bias.kind != AttentionBias::none;
+    any = softcap != 0.0f || slope != 0.0f || bias.kind != AttentionBias::none || blocks.any();
   }
 
   // x[lo, hi) are the scores of query i and keys k0 + lo .. k0 + hi - 1. Where `slope_of_cap` is
@@ -95,6 +138,7 @@ struct ScoreRule {
           static_cast<const uint8_t*>(bias.data) + i * bias.row + (k0 + lo) * bias.col;
       for (int64_t j = lo; j < hi; ++j, keep += bias.col) x[j] = *keep ? x[j] : -INFINITY;
     }
+    if (blocks.any()) blocks.hide(x, i, k0, lo, hi);
   }
 
  private:

@@ -133,6 +133,12 @@ static inline void add_row(float* x, const float* y, int64_t n) {
   for (; i < n; ++i) x[i] += y[i];
 }
 
+static inline void multiply_row(float* x, const float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) v_store(x + i, v_mul(v_load(x + i), v_load(y + i)));
+  for (; i < n; ++i) x[i] *= y[i];
+}
+
 static inline void copy_row(float* x, const float* y, int64_t n) {
   load_row(x, y, n, DType::f32);
 }

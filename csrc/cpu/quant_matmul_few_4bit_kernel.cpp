@@ -150,11 +150,11 @@ bool run(const QuantMatmulArgs& a, const Grid& grid, const Lanes& lanes) {
   const int64_t n = w.n, m = a.m, x_stride = grid.chunks * CHUNK;
   // One thread decodes so many in 15 us; waking another takes as long.
   const int threads = n * grid.k < (1 << 18) ? 1 : a.threads;
-  // Rows of W in one item: some 64 KiB.
-  const int64_t rows = clamp(65536 / grid.row_bytes, 1, clamp(n / (2 * threads), 1, 256));
+  // Rows of W in one item: some 256 KiB. What is asked for ahead of an item goes to the wrong thread.
+  const int64_t rows = clamp((1 << 18) / grid.row_bytes, 1, clamp(n / (2 * threads), 1, 256));
   // Pieces of columns, so that the x of all rows takes half of a first-level cache.
   const int64_t piece = 4096 / CHUNK / m, pieces = (grid.chunks + piece - 1) / piece;
-  const int64_t ahead = pieces == 1 ? 4096 : grid.row_bytes * 2 * m;
+  const int64_t ahead = pieces == 1 ? 8192 : grid.row_bytes * 2 * m;
   // Scales and zero points of a row, with room for the last load of lanes.
   const int64_t buffer = (grid.chunks * CHUNK / grid.g + 2 + VL + 15) / 16 * 16;
   const bool plain_scales = OneGroup && !w.nested_scale && w.scale_dtype == DType::f32;

@@ -163,7 +163,8 @@ def test_sinks_against_transformers():
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-GRADCHECK = ("odd", "blind_rows", "everything", "bias", "bias_of_keys", "mask", "packed_rules")
+GRADCHECK = ("odd", "blind_rows", "everything", "bias", "bias_of_keys", "mask", "packed_rules",
+             "dropout_bias", "blocks_uneven")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GRADCHECK)
@@ -380,7 +381,9 @@ def test_rows_past_the_last_sequence(backend):
 def test_opcheck():
     q, k, v = (x for x in leaves(cases.make_inputs(BY_NAME["odd"]))[1].values())
     bias = torch.zeros(2, 1, 5, 7, requires_grad=True)
-    options = (bias, torch.zeros(2), torch.ones(2), None, None, 0, 0, -1, 0, 0.3, 2.0)
+    masks = (None, torch.ones(2, 1, 1, 1, dtype=torch.bool), torch.tensor([3, 4]))
+    rest = (0, 0, -1, 0, 0.3, 2.0, 8, 8, 0.2)
+    options = (bias, torch.zeros(2), torch.ones(2), None, *masks, *rest)
     torch.library.opcheck(torch.ops.genai_perf.attention_fwd.default, (q, k, v, *options))
     out, lse = gp.attention(q, k, v, return_lse=True)
     args = [x.detach() for x in (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse)]

@@ -131,14 +131,16 @@ def _check_bank(what: str, machine, dst: Tensor) -> None:
 
 
 def _product(stationary: Tensor, moving: Tensor, pairs: int) -> np.ndarray:
+    """Summed in float64 and rounded to fp32 once an instruction: the same bits on every machine.
+    The hardware adds in fp32, in an order that is not documented."""
     import torch
 
     def rows(x):  # the pair index is part of the contraction
-        values = np.ascontiguousarray(read(x), np.float32).reshape(x.shape[0] * pairs, -1)
+        values = read(x).reshape(x.shape[0] * pairs, -1)
         values = dtypes.round_tf32(values) if x.dtype is dtypes.tfloat32 else values
-        return torch.from_numpy(values)
+        return torch.from_numpy(values.astype(np.float64))
 
-    return (rows(stationary).T @ rows(moving)).numpy()
+    return (rows(stationary).T @ rows(moving)).numpy().astype(np.float32)
 
 
 def _multiply(dst, stationary, moving, pairs, accumulate, is_transpose) -> None:

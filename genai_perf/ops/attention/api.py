@@ -18,7 +18,11 @@ def attention(
     softcap=0.0,
     alibi_slopes=None,
     attn_bias=None,
+    block_mask=None,
+    block_size=(128, 128),
     sinks=None,
+    dropout_p=0.0,
+    rng_state=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
     max_seqlen_q=None,
@@ -29,7 +33,7 @@ def attention(
     """Attention with grouped queries, never holding a seqlen_q x seqlen_k matrix (native backend).
 
         s = softmax_scale * q k^T;  s = softcap * tanh(s / softcap);  s = s + alibi + bias + mask
-        out = softmax(s) v,   lse = log sum exp of the rows of s
+        out = dropout(softmax(s)) v,   lse = log sum exp of the rows of s
 
     Args:
         q: (batch, seqlen_q, nheads, headdim), float32, bfloat16 or float16 (float64: reference);
@@ -46,8 +50,19 @@ def attention(
             slope * |i + seqlen_k - seqlen_q - j|. Has no gradient.
         attn_bias: broadcastable to (batch, nheads, seqlen_q, seqlen_k), added to the scores, with a
             gradient; or of bool: a query sees the keys where it is True.
+        block_mask: bool, broadcastable to (batch, nheads, ceil(seqlen_q / block_size[0]),
+            ceil(seqlen_k / block_size[1])); a query sees the keys of the blocks where it is True.
+            The native backend leaves out what nobody sees before the first and after the last of
+            them within each of its own blocks (256 keys by 6 or 12 queries).
+        block_size: (queries, keys) of a block of block_mask.
         sinks: (nheads,), a score without a value that takes part in every softmax of its head, and
             in lse.
+        dropout_p: in [0, 1); a probability becomes 0 with this one, the others are divided by
+            1 - dropout_p. lse is that of the whole softmax. The mask is a function of rng_state,
+            batch, head, query and key (`dropout.py`): the same in the backward, on every backend,
+            and for a sequence alone or packed at the same place in the batch.
+        rng_state: int64 (2,), seed and offset, on the device of q; None draws one from torch's
+            generator of that device.
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,); rows cu_seqlens_q[b] to cu_seqlens_q[b + 1]
             of q are sequence b, and likewise those of k and v. Both or neither; sequences may be
             empty. Rows past the last sequence give out 0, lse -inf and gradient 0.
@@ -78,18 +93,24 @@ def attention(
     checks.alibi(alibi_slopes, q, batch)
     checks.sinks(sinks, q)
     left, right = checks.window(window_size)
+    block_mask, block_q, block_k = checks.blocks(block_mask, block_size, q, k, packed=packed)
     options = Options(
         attn_bias=checks.bias(attn_bias, q, k, packed=packed),
         sinks=sinks,
         alibi_slopes=alibi_slopes,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        block_mask=block_mask,
+        rng_state=checks.dropout(dropout_p, rng_state, q),
         max_seqlen_q=checks.max_seqlen(max_seqlen_q, q, packed, "max_seqlen_q"),
         max_seqlen_k=checks.max_seqlen(max_seqlen_k, k, packed, "max_seqlen_k"),
         window_left=left,
         window_right=0 if causal else right,
         softmax_scale=1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale),
         softcap=float(softcap),
+        block_q=block_q,
+        block_k=block_k,
+        dropout_p=float(dropout_p),
     )
     out, lse = FORWARD(q, k, v, *options, backend=backend)
     return (out, lse) if return_lse else out

@@ -22,6 +22,9 @@ class Case:
     sinks: bool = False
     bias: str | None = None  # the dimensions that attn_bias has whole: some of "bhqk", others are 1
     mask: str | None = None  # the same, of bool
+    block_mask: str | None = None  # the leading dimensions that block_mask has whole, of "bh"
+    block_size: tuple[int, int] = (128, 128)
+    dropout_p: float = 0.0
     lengths: tuple[tuple[int, int], ...] = ()  # (seqlen_q, seqlen_k) of packed sequences; () dense
     dtype: torch.dtype = torch.float32
     tags: tuple[str, ...] = ()
@@ -139,6 +142,49 @@ EDGE = (
         window_size=(60, None),
         headdim=16,
     ),
+    _edge("dropout", seqlen_q=70, seqlen_k=301, nheads=4, dropout_p=0.3, causal=True, headdim=32),
+    _edge(
+        "dropout_everything",
+        lengths=((70, 70), (0, 3), (33, 97)),
+        nheads=4,
+        dropout_p=0.5,
+        softcap=5.0,
+        alibi=2,
+        sinks=True,
+        window_size=(60, 9),
+        headdim=16,
+    ),
+    _edge("dropout_bias", seqlen_q=50, seqlen_k=70, nheads=4, dropout_p=0.1, bias="qk", headdim=16),
+    _edge(
+        "blocks_64",
+        seqlen_q=300,
+        seqlen_k=600,
+        nheads=4,
+        block_mask="bh",
+        block_size=(64, 64),
+        headdim=16,
+    ),
+    _edge(
+        "blocks_causal",
+        seqlen_q=400,
+        seqlen_k=410,
+        nheads=4,
+        nheads_k=1,
+        block_mask="h",
+        causal=True,
+        headdim=32,
+    ),
+    _edge(
+        "blocks_uneven",
+        seqlen_q=130,
+        seqlen_k=290,
+        block_mask="",
+        block_size=(7, 33),
+        headdim=16,
+        bias="hqk",
+        dropout_p=0.2,
+        sinks=True,
+    ),
     _edge("packed_empty", lengths=((0, 0),), headdim=16),
 )
 BENCH = tuple(
@@ -180,6 +226,14 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict:
         attn_bias = broadcast(case.bias)
     elif case.mask is not None:
         attn_bias = broadcast(case.mask) > 0
+    extra = {}
+    if case.block_mask is not None:
+        counts = (-(-case.seqlen_q // case.block_size[0]), -(-case.seqlen_k // case.block_size[1]))
+        heads = (size if d in case.block_mask else 1 for d, size in list(whole.items())[:2])
+        extra = {"block_mask": normal(*heads, *counts) > 0.3, "block_size": case.block_size}
+    if case.dropout_p:
+        state = torch.tensor([-123456789123456789, 2**40 + 5], device=device)
+        extra |= {"dropout_p": case.dropout_p, "rng_state": state}
     slopes = 2.0 ** -torch.arange(1, case.nheads + 1, device=device, dtype=torch.float32)
     batch = len(case.lengths) or case.batch
     by_batch = torch.linspace(1, 2, batch, device=device)[:, None]
@@ -196,6 +250,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict:
         "k": normal(*rows_k, case.nheads_k, case.headdim),
         "v": normal(*rows_k, case.nheads_k, dim_v),
         **cu_seqlens,
+        **extra,
         "causal": case.causal,
         "window_size": case.window_size,
         "softcap": case.softcap,

@@ -98,6 +98,45 @@ def sinks(values, q) -> None:
         fail(OP, "sinks", f"(nheads {q.shape[-2]},)", tuple(values.shape))
 
 
+def dropout(dropout_p, rng_state, q):
+    """The state to use: that of the caller, or a new one from torch's generator; None for none."""
+    if not 0 <= dropout_p < 1:
+        fail(OP, "dropout_p", "in [0, 1)", dropout_p)
+    if rng_state is not None:
+        check_tensor(OP, rng_state=rng_state)
+        check_dtype(OP, (torch.int64,), rng_state=rng_state)
+        check_same(OP, "device", q=q, rng_state=rng_state)
+        if tuple(rng_state.shape) != (2,):
+            fail(OP, "rng_state", "(2,): seed and offset", tuple(rng_state.shape))
+    if dropout_p == 0:
+        return None
+    if rng_state is None:
+        return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=q.device)
+    return rng_state
+
+
+def blocks(block_mask, block_size, q, k, *, packed: bool):
+    """The block mask with four dimensions, the last two of them whole; queries, keys of a block."""
+    pair = isinstance(block_size, tuple | list) and len(block_size) == 2
+    if not pair or any(not isinstance(n, int) or n < 1 for n in block_size):
+        fail(OP, "block_size", "a pair (queries, keys) of ints >= 1", repr(block_size))
+    if block_mask is None:
+        return None, 1, 1
+    if packed:
+        fail(OP, "block_mask", "None with cu_seqlens (give each sequence its own call)", "a tensor")
+    check_tensor(OP, block_mask=block_mask)
+    check_dtype(OP, (torch.bool,), block_mask=block_mask)
+    check_same(OP, "device", q=q, block_mask=block_mask)
+    counts = (-(-q.shape[1] // block_size[0]), -(-k.shape[1] // block_size[1]))
+    full, shape = (q.shape[0], q.shape[2], *counts), block_mask.shape
+    fits = (size in (1, want) for size, want in zip(reversed(shape), reversed(full), strict=False))
+    if len(shape) > 4 or not all(fits):
+        expected = f"broadcastable to (batch, nheads, blocks of queries, of keys) {full}"
+        fail(OP, "block_mask", expected, tuple(shape))
+    block_mask = block_mask.reshape((1,) * (4 - len(shape)) + tuple(shape))
+    return block_mask.expand(-1, -1, *counts), *block_size
+
+
 def bias(attn_bias, q, k, *, packed: bool):
     """The bias with four dimensions, the last of them whole (its gradient is made by columns)."""
     if attn_bias is None:

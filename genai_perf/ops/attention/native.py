@@ -3,6 +3,7 @@
 import torch
 
 from ..._backends import native
+from .dropout import below
 from .options import Options, present
 from .packed import bounds
 
@@ -57,6 +58,18 @@ def _bias(bias: torch.Tensor | None) -> tuple[int, ...]:
     return 1 + mask, 0 if mask else native.DTYPE_CODES[bias.dtype], bias.data_ptr(), *_strides(bias)
 
 
+def _blocks(o: Options) -> tuple[int, ...]:
+    """Address, strides, queries and keys of a block."""
+    if o.block_mask is None:
+        return ()
+    return o.block_mask.data_ptr(), *_strides(o.block_mask), o.block_q, o.block_k
+
+
+def _dropout(o: Options) -> tuple[int, ...]:
+    """The words that drop, seed and offset."""
+    return (below(o.dropout_p), *o.rng_state.tolist()) if o.dropout_p else ()
+
+
 def _call(q, k, v, o: Options) -> tuple:
     """The arguments that both entries of csrc/bindings/bind_attention.cpp share."""
     seqlen_q, heads, dim = q.shape[-3:]
@@ -71,7 +84,8 @@ def _call(q, k, v, o: Options) -> tuple:
         native.pointer(o.sinks), native.DTYPE_CODES[q.dtype], native.threads(),
     )  # fmt: skip
     tensors = (_tensor4(x) for x in (q, k, v))
-    return sizes, _bias(o.attn_bias), o.softmax_scale, o.softcap, *tensors
+    factors = (o.softmax_scale, o.softcap, 1 / (1 - o.dropout_p))
+    return sizes, _bias(o.attn_bias), _blocks(o), _dropout(o), factors, *tensors
 
 
 def _prepared(q, k, v, options) -> tuple:

@@ -6,7 +6,7 @@ from ..._dispatch import Op
 from . import reference
 from .options import DIFFERENTIABLE, SCHEMA, TENSORS, Options, present
 
-BACKENDS = ("triton", "native", "reference")
+BACKENDS = ("triton", "nki", "native", "reference")
 
 
 def _forward_fake(q, k, v, *options, backend=None):

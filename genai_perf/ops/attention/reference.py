@@ -6,6 +6,7 @@ yardstick for the error that the dtype itself brings.
 
 import torch
 
+from .dropout import factors
 from .options import Options, present
 from .packed import bounds
 
@@ -66,8 +67,22 @@ def _scores(q, k, o: Options) -> tuple[torch.Tensor, torch.Tensor | None]:
             s = s.masked_fill(~o.attn_bias, -torch.inf)
         else:
             s = s + o.attn_bias.to(s.dtype)
+    if o.block_mask is not None:
+        s = s.masked_fill(~_whole(o, q.shape[2], k.shape[2]), -torch.inf)
     mask = visible(q.shape[2], k.shape[2], o, q.device)
     return s if mask is None else s.masked_fill(~mask, -torch.inf), slope
+
+
+def _whole(o: Options, seqlen_q: int, seqlen_k: int) -> torch.Tensor:
+    """block_mask as a mask of single queries and keys."""
+    by_query = o.block_mask.repeat_interleave(o.block_q, 2)[:, :, :seqlen_q]
+    return by_query.repeat_interleave(o.block_k, 3)[..., :seqlen_k]
+
+
+def _dropout(p, o: Options, first_sequence: int) -> torch.Tensor | None:
+    if not o.dropout_p:
+        return None
+    return factors(o.rng_state, o.dropout_p, first_sequence * p.shape[1], p.shape, p.dtype)
 
 
 def _log_sum_exp(s, sinks):
@@ -88,14 +103,14 @@ def _probabilities(s, lse):
 
 
 def _each_sequence(q, k, o: Options):
-    """(slice of the query rows, slice of the key rows, its options as a batch of one)."""
+    """(number, slice of the query rows, slice of the key rows, options as a batch of one)."""
     cu_q = bounds(o.cu_seqlens_q, q.shape[0], o.max_seqlen_q, "q")
     cu_k = bounds(o.cu_seqlens_k, k.shape[0], o.max_seqlen_k, "k")
     by_batch = o.alibi_slopes is not None and o.alibi_slopes.dim() == 2
     for b in range(len(cu_q) - 1):
         slopes = o.alibi_slopes[b] if by_batch else o.alibi_slopes
         alone = o._replace(cu_seqlens_q=None, cu_seqlens_k=None, alibi_slopes=slopes)
-        yield slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1]), alone
+        yield b, slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1]), alone
 
 
 def _join(parts: list[torch.Tensor], total: int, dim: int, rest: float = 0.0) -> torch.Tensor:
@@ -108,8 +123,10 @@ def _join(parts: list[torch.Tensor], total: int, dim: int, rest: float = 0.0) ->
 def _forward_packed(q, k, v, o: Options, upcast: bool):
     outs, lses = [q.new_empty(0, q.shape[1], v.shape[2])], [q.new_empty(q.shape[1], 0)]
     lses[0] = lses[0].to(lse_dtype(q))
-    for rows, keys, alone in _each_sequence(q, k, o):
-        out, lse = forward(q[None, rows], k[None, keys], v[None, keys], *alone, upcast=upcast)
+    for b, rows, keys, alone in _each_sequence(q, k, o):
+        out, lse = forward(
+            q[None, rows], k[None, keys], v[None, keys], *alone, upcast=upcast, first_sequence=b
+        )
         outs.append(out[0])
         lses.append(lse[0])
     return _join(outs, q.shape[0], 0), _join(lses, q.shape[0], 1, -torch.inf)
@@ -118,11 +135,11 @@ def _forward_packed(q, k, v, o: Options, upcast: bool):
 def _backward_packed(dout, dlse, q, k, v, out, lse, o: Options, upcast: bool):
     dqs, dks, dvs = ([x.new_empty(0, *x.shape[1:])] for x in (q, k, v))
     dsinks = None if o.sinks is None else torch.zeros_like(o.sinks)
-    for rows, keys, alone in _each_sequence(q, k, o):
+    for b, rows, keys, alone in _each_sequence(q, k, o):
         dq, dk, dv, _, dsink = backward(
             dout[None, rows], None if dlse is None else dlse[None, :, rows],
             q[None, rows], k[None, keys], v[None, keys], out[None, rows], lse[None, :, rows],
-            False, *alone, upcast=upcast,
+            False, *alone, upcast=upcast, first_sequence=b,
         )  # fmt: skip
         for grads, grad in ((dqs, dq), (dks, dk), (dvs, dv)):
             grads.append(grad[0])
@@ -131,19 +148,24 @@ def _backward_packed(dout, dlse, q, k, v, out, lse, o: Options, upcast: bool):
     return *joined, *present(None, dsinks, like=q)
 
 
-def forward(q, k, v, *options, upcast=True):
+def forward(q, k, v, *options, upcast=True, first_sequence=0):
     o = Options(*options)
     if o.cu_seqlens_q is not None:
         return _forward_packed(q, k, v, o, upcast)
     qh, kh, vh = _inputs(q, k, v, upcast)
     s, _ = _scores(qh, kh, o)
     lse = _log_sum_exp(s, o.sinks)
-    out = _probabilities(s, lse) @ vh
+    p = _probabilities(s, lse)
+    kept = _dropout(p, o, first_sequence)
+    out = (p if kept is None else p * kept) @ vh
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse.to(lse_dtype(q))
 
 
-def backward(dout, dlse, q, k, v, out, lse, bias_grad, *options, upcast=True):
-    """dS = P * (dO V^T - rowsum(dO O) + dlse), dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q."""
+def backward(dout, dlse, q, k, v, out, lse, bias_grad, *options, upcast=True, first_sequence=0):
+    """dS = P * (dO V^T - rowsum(dO O) + dlse), dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q.
+
+    With dropout, dO V^T and the P of dV are multiplied by its factors, 0 or 1 / (1 - dropout_p).
+    """
     o = Options(*options)
     if o.cu_seqlens_q is not None:
         return _backward_packed(dout, dlse, q, k, v, out, lse, o, upcast)
@@ -154,7 +176,8 @@ def backward(dout, dlse, q, k, v, out, lse, bias_grad, *options, upcast=True):
     delta = (do * oh).sum(-1)
     if dlse is not None:
         delta = delta - dlse.to(delta.dtype)
-    ds = p * (do @ vh.transpose(-1, -2) - delta.unsqueeze(-1))
+    dp, kept = do @ vh.transpose(-1, -2), _dropout(p, o, first_sequence)
+    ds = p * ((dp if kept is None else dp * kept) - delta.unsqueeze(-1))
     dbias = dsinks = None
     if bias_grad:
         dbias = ds.sum_to_size(o.attn_bias.shape).to(o.attn_bias.dtype)
@@ -162,7 +185,7 @@ def backward(dout, dlse, q, k, v, out, lse, bias_grad, *options, upcast=True):
         ds = ds * slope
     dq = ds @ kh * o.softmax_scale
     dk = ds.transpose(-1, -2) @ qh * o.softmax_scale
-    dv = p.transpose(-1, -2) @ do
+    dv = (p if kept is None else p * kept).transpose(-1, -2) @ do
     if o.sinks is not None:  # a key with value 0, so dP = 0
         p_sink = _probabilities(o.sinks.to(s.dtype)[:, None, None], lse).squeeze(-1)
         dsinks = -(p_sink * delta).sum((0, 2)).to(o.sinks.dtype)

@@ -18,6 +18,11 @@ def why_not(q, k, v, *options) -> str | None:
         return reason
     if q.dtype not in DTYPES:
         return f"triton takes float32, bfloat16 and float16, got {q.dtype}"
+    o = Options(*options)
+    if o.block_mask is not None:
+        return "triton takes no block_mask"
+    if o.dropout_p:
+        return "triton has no dropout"
     largest = max(q.shape[-1], v.shape[-1])
     if largest > MAX_HEADDIM:
         return f"triton takes head dimensions up to {MAX_HEADDIM}, got {largest}"
