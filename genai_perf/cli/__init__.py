@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import checkpoint, compress, demo, doctor, plan
+from . import checkpoint, compress, demo, distill, doctor, plan
 
 app = typer.Typer(
     name="genaiperf",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("demo")(demo.command)
 app.command("compress")(compress.command)
 app.command("plan")(plan.command)
+app.add_typer(distill.app, name="distill")
 app.command("convert")(checkpoint.convert)
 app.command("validate")(checkpoint.validate)
 app.command("doctor")(doctor.command)

@@ -1,7 +1,7 @@
 """A teacher kept on disk: the top-k log-probabilities of every token of a text, computed once.
 
-A cache is a folder. `cache.json` says what it is of (teacher, tokenizer and text, as hashes) and lists
-the shards with the hash of each; a shard is a safetensors file:
+A cache is a folder. `cache.json` says what it is of (teacher, tokenizer and text, as hashes) and
+lists the shards with the hash of each; a shard is a safetensors file:
 
     tokens    int32 (windows, seqlen)          the text
     ids       int32 (windows, seqlen, k)       the most likely next tokens after each position

@@ -1,4 +1,4 @@
-"""DistillationTrainer: transformers' Trainer with the losses of gp.distill at the student's head."""
+"""DistillationTrainer: transformers' Trainer with the losses of gp.distill at the head."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -72,7 +72,7 @@ class LossAtHead:
     Args:
         settings: what is minimised.
         teacher: a transformers model; a TeacherCache; or anything with
-            `top_k(input_ids) -> TopK`, such as a TeacherProcess.
+            `top_k(input_ids) -> TopK`, such as a TeacherProcess; None where alpha is 1.
     """
 
     def __init__(self, settings: DistillationSettings, teacher: object):
@@ -81,6 +81,8 @@ class LossAtHead:
         if self.live:
             teacher.eval().requires_grad_(False)
             head_of(teacher)
+        elif teacher is None and settings.alpha == 1:
+            return
         elif not isinstance(teacher, TeacherCache) and not hasattr(teacher, "top_k"):
             raise TypeError("distillation: teacher must be a model, a TeacherCache or have top_k, "
                             f"got {type(teacher).__name__}")  # fmt: skip
@@ -115,8 +117,13 @@ class LossAtHead:
         return {"teacher": TopK(kept.ids.to(ids.device), kept.logprobs.to(ids.device), kept.tail,
                                 kept.temperature)}  # fmt: skip
 
-    def __call__(self, model: nn.Module, unwrapped: nn.Module, inputs: dict[str, torch.Tensor],
-                 num_items: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self,
+        model: nn.Module,
+        unwrapped: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, its parts) of a batch; `model` may be a wrapper around `unwrapped`."""
         targets = self.targets(inputs)
         labels = inputs["labels"]
@@ -257,7 +264,8 @@ def _trainer_class() -> type:
             steps = self.state.global_step - getattr(self, "_logged_step", 0)
             if "loss" in logs and steps:
                 soft, hard = (self._parts / max(steps, self._parts_of)).tolist()
-                logs = logs | {"loss_soft": soft, "loss_hard": hard}
+                logs = logs | ({"loss_soft": soft} if self.settings.alpha < 1 else {})
+                logs = logs | ({"loss_hard": hard} if self.settings.alpha > 0 else {})
                 self._parts.zero_()
                 self._parts_of, self._logged_step = 0, self.state.global_step
             super().log(logs, start_time)

@@ -33,7 +33,7 @@ def student_from_teacher(teacher: nn.Module, *, layers: int | Sequence[int] | No
     """
     name = skeleton.find_blocks(teacher)[0][0].rpartition(".")[0]
     count = len(teacher.get_submodule(name))
-    student = copy.deepcopy(teacher)
+    student = copy.deepcopy(teacher).requires_grad_(True)  # the teacher may be frozen
     if layers is not None:
         kept = _spread(layers, count) if isinstance(layers, int) else list(layers)
         if not kept or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= count:
