@@ -84,7 +84,7 @@ def _refuse(module, s_aux, dropout: float, kwargs: dict) -> None:
     for name in _meant_for_eager(type(module).__module__):
         if kwargs.get(name) is not None:
             fail(_WHERE, name, f"None (not known how {type(module).__name__} uses it)", "a value")
-    if s_aux is None and getattr(module, "sinks", None) is not None:
+    if s_aux is None and "sinks" in getattr(module, "_parameters", ()):
         fail(_WHERE, "s_aux", f"the sinks of {type(module).__name__}", None)
 
 

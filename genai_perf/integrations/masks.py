@@ -65,11 +65,8 @@ class RuleMask(torch.Tensor):
 
     @property
     def visible(self) -> int:
-        """The end of the keys that a causal rule shows to any query."""
-        kv_length = self.shape[-1]
-        if self.rule.right is None:
-            return kv_length
-        return min(kv_length, self.offset + self.shape[-2] + self.rule.right)
+        """The end of the keys that any query sees."""
+        return _visible(self.rule, self.offset, self.shape[-2], self.shape[-1])
 
     @property
     def aligned(self) -> bool:
@@ -172,26 +169,34 @@ def mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function
             device=device,
         )  # fmt: skip
 
-    if is_tracing(attention_mask) or is_tracing(q_offset):
+    tensors = (x for x in (attention_mask, q_offset) if isinstance(x, torch.Tensor))
+    if torch.compiler.is_compiling() or any(map(is_tracing, tensors)):
         return dense(skip=True)
     rule = None if use_vmap else recognise(mask_function)
     if rule is None:
         return dense()
     offset = int(q_offset) - int(kv_offset)
-    keys = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if keys is not None:
+    end = _visible(rule, offset, q_length, kv_length)
+    keys = None
+    if attention_mask is not None:
+        keys = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         keys = keys[:, kv_offset : kv_offset + kv_length].bool()
-    made = RuleMask((batch_size, 1, q_length, kv_length), device, rule, offset, keys, dense)
-    if keys is not None and bool(keys[:, : made.visible].all()):
-        made.keys = keys = None
+        keys = None if bool(keys[:, :end].all()) else keys
     if keys is None and rule.sequences is None:
-        inside = rule.left is None or rule.left >= made.visible - 1
+        inside = rule.left is None or rule.left >= end - 1
         if rule.right is None and inside and allow_is_bidirectional_skip:
             return None
-        whole = made.visible == kv_length and (q_length == 1 or q_length == kv_length)
+        whole = end == kv_length and (q_length == 1 or q_length == kv_length)
         if rule.right == 0 and inside and whole and allow_is_causal_skip:
             return None
-    return dense() if q_length == 1 else made
+    if q_length == 1:
+        return dense()
+    return RuleMask((batch_size, 1, q_length, kv_length), device, rule, offset, keys, dense)
+
+
+def _visible(rule: Rule, offset: int, q_length: int, kv_length: int) -> int:
+    """The end of the keys that any query sees."""
+    return kv_length if rule.right is None else min(kv_length, offset + q_length + rule.right)
 
 
 def recognise(function: Callable) -> Rule | None:

@@ -162,7 +162,8 @@ def _rows(x: torch.Tensor, keys: int | None = None) -> torch.Tensor:
 def _cpu_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
     _refuse_dropout(dropout_p)
     options, keys = _options(query, key, is_causal, attn_mask, scale)
-    out, lse = FORWARD(_rows(query), _rows(key, keys), _rows(value, keys), *options)
+    with torch.no_grad():  # the derivative is that of torch's operator, below
+        out, lse = FORWARD(_rows(query), _rows(key, keys), _rows(value, keys), *options)
     return out.transpose(1, 2), lse
 
 
@@ -170,10 +171,10 @@ def _cpu_backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_cau
                   attn_mask=None, scale=None):  # fmt: skip
     _refuse_dropout(dropout_p)
     options, keys = _options(query, key, is_causal, attn_mask, scale)
-    dq, dk, dv, *_ = BACKWARD(
-        _rows(grad_out), None, _rows(query), _rows(key, keys), _rows(value, keys), _rows(out),
-        logsumexp, False, *options,
-    )  # fmt: skip
+    rows = (_rows(query), _rows(key, keys), _rows(value, keys))
+    with torch.no_grad():
+        dq, dk, dv, *_ = BACKWARD(_rows(grad_out), None, *rows, _rows(out), logsumexp, False,
+                                  *options)  # fmt: skip
     unseen = key.shape[2] - keys
     dk, dv = (F.pad(g, (0, 0, 0, 0, 0, unseen)) for g in (dk, dv))
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

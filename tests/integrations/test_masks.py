@@ -151,7 +151,7 @@ def test_what_only_the_models_own_attention_knows_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="tilt must be None .not known how Layer uses it."):
         attend(Layer(), q, k, v, None, tilt=0.5)
     layer = Layer()
-    layer.sinks = torch.zeros(4)
+    layer._parameters = {"sinks": torch.zeros(4)}
     with pytest.raises(ValueError, match="s_aux must be the sinks of Layer"):
         attend(layer, q, k, v, None)
 
