@@ -6,7 +6,7 @@ Arguments have flash-attn's names, order and defaults:
         qkv (batch, seqlen, 3, nheads, headdim); packed sequences (varlen) have (total,) instead of
         (batch, seqlen), cut by cu_seqlens, int32 (batch + 1,). float32, bfloat16 or float16;
         nheads is a multiple of nheads_k.
-    dropout_p: must be 0.
+    dropout_p: in [0, 1), by a counter-based generator seeded from torch's.
     softmax_scale: 1 / sqrt(headdim) by default.
     causal: query i sees keys j <= i + seqlen_k - seqlen_q. A row that sees nothing gives 0.
     window_size: (left, right), -1 is unbounded.
@@ -15,7 +15,8 @@ Arguments have flash-attn's names, order and defaults:
     deterministic: accepted; the backward pass always is.
     return_attn_probs: return (out, softmax_lse, S_dmask) instead of out. softmax_lse is float32
         (batch, nheads, seqlen_q), or (nheads, total_q) for varlen, and differentiable; S_dmask is
-        empty, as in flash-attn without dropout.
+        empty without dropout, with it (batch, nheads, seqlen_q, seqlen_k) the softmax, negative
+        where it was dropped: for tests, slow and large.
 
 Every function raises ValueError in one sentence for a wrong shape, dtype, device or value. One
 number differs: a row that sees no key has softmax_lse -inf, where flash-attn 2 has +inf.
@@ -26,7 +27,7 @@ import operator
 import torch
 
 from .._checks import check_dtype, check_ndim, check_tensor, fail
-from ..ops.attention import attention
+from ..ops.attention import attention, checks
 
 __all__ = [
     "flash_attn_func",
@@ -120,30 +121,51 @@ def _parts(op: str, argument: str, packed, count: int, leading: tuple[str, ...])
 
 def _attend(op, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
             return_attn_probs, sequences=None):  # fmt: skip
-    if dropout_p != 0:
-        fail(op, "dropout_p", "0.0 (dropout is not implemented)", dropout_p)
-    packed = {}
+    options = {
+        "causal": causal,
+        "window_size": window(op, window_size),
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+    }
     if sequences is not None:
         cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = sequences
-        packed = {
+        options |= {
             "cu_seqlens_q": cu_seqlens_q,
             "cu_seqlens_k": cu_seqlens_k,
             "max_seqlen_q": operator.index(longest_q),
             "max_seqlen_k": operator.index(longest_k),
         }
-    out, lse = attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        window_size=window(op, window_size),
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_lse=True,
-        **packed,
-    )
-    return (out, lse, q.detach().new_empty(0)) if return_attn_probs else out
+    if not return_attn_probs:
+        return attention(q, k, v, dropout_p=dropout_p, **options)
+    check_tensor(op, q=q)
+    options["rng_state"] = checks.dropout(dropout_p, None, q)
+    out, lse = attention(q, k, v, dropout_p=dropout_p, return_lse=True, **options)
+    return out, lse, _dropped_softmax(q.detach(), k.detach(), dropout_p, options)
+
+
+def _dropped_softmax(q, k, dropout_p: float, options: dict) -> torch.Tensor:
+    """S_dmask: what attention gives where the value of a key is the unit vector of its place."""
+    if not dropout_p:
+        return q.new_empty(0)
+    starts_q, starts_k = options.get("cu_seqlens_q"), options.get("cu_seqlens_k")
+    places = torch.arange(k.shape[-3], device=k.device)
+    if starts_k is not None:
+        sequence = torch.searchsorted(starts_k[1:].contiguous(), places.int(), right=True)
+        places = places - starts_k.long()[sequence.clamp(max=len(starts_k) - 2)]
+    longest = options.get("max_seqlen_k", k.shape[-3])
+    units = (places[:, None] == torch.arange(longest, device=k.device)).to(q.dtype)
+    units = units[:, None].expand(*k.shape[:-1], longest)
+    softmax = attention(q, k, units, **options)
+    kept = attention(q, k, units, dropout_p=dropout_p, **options)
+    signed = torch.where(kept == 0, -softmax, softmax)
+    if starts_q is None:
+        return signed.transpose(1, 2)
+    batch, length = len(starts_q) - 1, options["max_seqlen_q"]
+    room = q.new_zeros(batch, length, *signed.shape[1:])
+    for b, (start, end) in enumerate(zip(starts_q.tolist(), starts_q[1:].tolist(), strict=False)):
+        room[b, : end - start] = signed[start:end]
+    return room.transpose(1, 2)
 
 
 def window(op: str, window_size) -> tuple[int | None, int | None]:

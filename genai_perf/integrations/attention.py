@@ -1,8 +1,8 @@
 """`attn_implementation="genai_perf"` for transformers models, and what `attention` makes of it.
 
 Honoured: padding, packed sequences (by position_ids, and by cu_seq_lens_q and _k), sliding windows,
-softcap, sinks (s_aux), additive position bias with its gradient, 4-D masks of bools or to add,
-static and dynamic caches, cross attention, autocast. What cannot be honoured raises ValueError.
+softcap, sinks (s_aux), dropout, additive position bias with its gradient, 4-D masks of bools or to
+add, static and dynamic caches, cross attention, autocast. Anything else raises ValueError.
 """
 
 import sys
@@ -39,12 +39,13 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     """Attention of query (batch, nheads, q_length, headdim) over key and value (batch, nheads_k,
     kv_length, headdim), as transformers models call it: (out (batch, q_length, nheads, headdim),
     None)."""
-    _refuse(module, s_aux, dropout, kwargs)
+    _refuse(module, s_aux, kwargs)
     q, k, v = _in_one_dtype(query, key, value)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.shape[0] == 1 != k.shape[0]:  # learned queries, the same for the whole batch
         q = q.expand(k.shape[0], -1, -1, -1)
-    options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux,
+               "dropout_p": dropout}  # fmt: skip
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         packing = _given(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, q, k)
@@ -73,9 +74,7 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     return _by_rule(attention_mask, q, k, v, position_bias, options), None
 
 
-def _refuse(module, s_aux, dropout: float, kwargs: dict) -> None:
-    if dropout:
-        fail(_WHERE, "dropout", "0 (attention has no dropout: set attention_dropout to 0)", dropout)
+def _refuse(module, s_aux, kwargs: dict) -> None:
     if kwargs.get("output_attentions"):
         fail(_WHERE, "output_attentions", "False (weights are never formed: use eager)", True)
     if kwargs.get("cache") is not None:

@@ -38,7 +38,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
             divisor of it.
         attn_mask: bool, True where a query sees a key, or float, added to the scores; broadcastable
             to (..., nheads, seqlen_q, seqlen_k).
-        dropout_p: must be 0.
+        dropout_p: see `attention`.
         is_causal: query i sees keys j <= i (aligned top left, as torch has it).
         scale: 1 / sqrt(headdim) by default.
         enable_gqa: allow fewer heads of key and value.
@@ -50,8 +50,6 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         ValueError: an argument that is wrong, or that `attention` cannot honour.
     """
     check_tensor(OP, query=query, key=key, value=value)
-    if dropout_p:
-        fail(OP, "dropout_p", "0.0 (attention has no dropout)", dropout_p)
     if is_causal and attn_mask is not None:
         fail(OP, "attn_mask", "None with is_causal", "a mask")
     if query.dim() < 3 or key.dim() < 3 or value.dim() < 3:
@@ -67,6 +65,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         v[:, :, :keys].transpose(1, 2),
         window_size=window,
         softmax_scale=scale,
+        dropout_p=dropout_p,
         attn_bias=_four_mask(attn_mask, leading, q.shape[0]),
     ).transpose(1, 2)
     return out.reshape(*leading, *out.shape[1:])
@@ -152,7 +151,7 @@ def _options(query, key, is_causal: bool, attn_mask, scale) -> tuple[Options, in
 
 def _refuse_dropout(dropout_p: float) -> None:
     if dropout_p:
-        fail(OP, "dropout_p", "0.0 (attention has no dropout)", dropout_p)
+        fail(OP, "dropout_p", "0.0 (torch's operator brings no random state)", dropout_p)
 
 
 def _rows(x: torch.Tensor, keys: int | None = None) -> torch.Tensor:

@@ -19,8 +19,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     a matrix of seqlen x seqlen. With need_weights=True, torch's default, the weights have to be
     formed: torch's own slow path gives them, and the output with them.
 
-    Differences: a query that sees no key gives the projection of 0, not NaN; without weights
-    dropout must be 0 while training; nested tensors are refused; is_causal needs no attn_mask.
+    Differences: a query that sees no key gives the projection of 0, not NaN; dropout without
+    weights has a generator of its own; nested tensors are refused; is_causal needs no attn_mask.
 
     Source: Vaswani et al., Attention Is All You Need (arXiv 1706.03762).
     """
@@ -99,9 +99,6 @@ def multi_head_attention_forward(
 
 
 def _forward(own, query, key, value, key_padding_mask, attn_mask, is_causal: bool):
-    if own.dropout:
-        fail(OP, "dropout", "0.0 while training with need_weights=False (attention has no dropout)",
-             own.dropout)  # fmt: skip
     batched = query.dim() == 3
     if not batched:
         if query.dim() != 2 or key.dim() != 2 or value.dim() != 2:
@@ -130,7 +127,7 @@ def _forward(own, query, key, value, key_padding_mask, attn_mask, is_causal: boo
     if causal:  # aligned top left: over the first keys, which no query looks past
         keys = min(seqlen_q, seqlen_k)
         k, v, window = k[:, :keys], v[:, :keys], (None, seqlen_q - keys)
-    out = attention(q, k, v, attn_bias=mask, window_size=window)
+    out = attention(q, k, v, attn_bias=mask, window_size=window, dropout_p=own.dropout)
     out = out.flatten(2) if own.batch_dim == 0 else out.transpose(0, 1).flatten(2)
     out = F.linear(out, *own.out)
     return out if batched else out.squeeze(own.batch_dim)

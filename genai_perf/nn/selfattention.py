@@ -21,6 +21,7 @@ class GroupedQueryAttention(nn.Module):
         head_dim: embed_dim // num_heads by default.
         bias: give q_proj, k_proj and v_proj a bias.
         causal, window_size, softcap: see `genai_perf.attention`.
+        dropout: of the probabilities, while training.
         rotary_base: rotate queries and keys by position, with this base (10000.0 in Llama); None
             does not.
         rotary_dim: how many of the first dimensions are rotated, even; head_dim by default.
@@ -33,8 +34,9 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, *,
                  head_dim: int | None = None, bias: bool = False, causal: bool = True,
                  window_size: tuple[int | None, int | None] = (None, None), softcap: float = 0.0,
-                 rotary_base: float | None = None, rotary_dim: int | None = None,
-                 rotary_interleaved: bool = False, device=None, dtype=None):  # fmt: skip
+                 dropout: float = 0.0, rotary_base: float | None = None,
+                 rotary_dim: int | None = None, rotary_interleaved: bool = False,
+                 device=None, dtype=None):  # fmt: skip
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_positive(OP, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
@@ -53,6 +55,7 @@ class GroupedQueryAttention(nn.Module):
                      self.rotary_dim)  # fmt: skip
         self.rotary_interleaved = rotary_interleaved
         self.causal, self.window_size, self.softcap = causal, window_size, softcap
+        self.dropout = dropout
         made = {"device": device, "dtype": dtype}
         inner, inner_k = num_heads * self.head_dim, num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(embed_dim, inner, bias=bias, **made)
@@ -99,6 +102,7 @@ class GroupedQueryAttention(nn.Module):
             window_size=self.window_size,
             softcap=self.softcap,
             attn_bias=attn_bias,
+            dropout_p=self.dropout if self.training else 0.0,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_k=cu_seqlens,
             max_seqlen_q=max_seqlen,

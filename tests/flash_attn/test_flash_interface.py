@@ -25,6 +25,7 @@ AXES = {
     "alibi": (False, True),
     "layout": ("separate", "kvpacked", "qkvpacked"),
     "varlen": (False, True),
+    "dropout": (0.0, 0.17),
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
 }  # fmt: skip
 LARGE = ((1024, 1023), (1024, 1024), (2048, 2048))  # of the sweep alone
@@ -42,10 +43,12 @@ class Case:
     alibi: bool
     layout: str
     varlen: bool
+    dropout: float
     dtype: torch.dtype
 
     def __str__(self):
-        flags = [f for f in ("causal", "local", "softcap", "alibi", "varlen") if getattr(self, f)]
+        flags = ("causal", "local", "softcap", "alibi", "varlen", "dropout")
+        flags = [flag for flag in flags if getattr(self, flag)]
         sizes = (f"d{self.d}", "x".join(map(str, self.seqlens)), self.kind, self.layout)
         return "-".join((*sizes, *flags, str(self.dtype)[6:]))
 
@@ -76,8 +79,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", cases, ids=str)
 
 
-def expected(q, k, v, case, window, slopes, lengths):
-    """out and lse as flash-attn documents them, dense, in the dtype of q; lengths: (batch, 2)."""
+def expected(q, k, v, case, window, slopes, lengths, kept):
+    """out and lse as flash-attn documents them, dense, in the dtype of q.
+
+    lengths: (batch, 2); kept: bool (batch, nheads, seqlen_q, seqlen_k), None without dropout."""
     heads, heads_k = q.shape[2], k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(heads // heads_k, 1) for x in (k, v))
@@ -99,13 +104,17 @@ def expected(q, k, v, case, window, slopes, lengths):
     blind = ~seen.any(-1, keepdim=True).expand(*s.shape[:-1], 1)
     p = s.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
     lse = s.masked_fill(blind, 0).logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
+    if kept is not None:
+        p = p * kept / (1 - case.dropout)
     return (p @ v).transpose(1, 2), lse
 
 
 def call(case, q, k, v, lengths, window, slopes):
-    """(out, lse) of the function that the case is about, padded back where it is varlen."""
-    options = dict(causal=case.causal, window_size=window, softcap=case.softcap,
-                   alibi_slopes=slopes, return_attn_probs=True)  # fmt: skip
+    """(out, lse, S_dmask) of the function that the case is about, padded back after varlen."""
+    options = dict(
+        dropout_p=case.dropout, causal=case.causal, window_size=window, softcap=case.softcap,
+        alibi_slopes=slopes, return_attn_probs=True,
+    )  # fmt: skip
     batch, seqlen_q = q.shape[:2]
     if not case.varlen:
         if case.layout == "qkvpacked":
@@ -114,8 +123,7 @@ def call(case, q, k, v, lengths, window, slopes):
             out, lse, dmask = gp.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), **options)
         else:
             out, lse, dmask = gp.flash_attn_func(q, k, v, **options)
-        assert dmask.numel() == 0
-        return out, lse
+        return out, lse, dmask
     valid_q, valid_k = (
         torch.arange(x.shape[1]) < lengths[:, i, None] for i, x in enumerate((q, k))
     )
@@ -125,18 +133,18 @@ def call(case, q, k, v, lengths, window, slopes):
     assert used.tolist() == lengths[:, 1].tolist() == cu_k.diff().tolist()
     if case.layout == "qkvpacked":
         packed = torch.stack((q, k, v), 1)
-        out, lse, _ = gp.flash_attn_varlen_qkvpacked_func(packed, cu_q, longest_q, **options)
+        out, lse, dmask = gp.flash_attn_varlen_qkvpacked_func(packed, cu_q, longest_q, **options)
     elif case.layout == "kvpacked":
-        out, lse, _ = gp.flash_attn_varlen_kvpacked_func(
+        out, lse, dmask = gp.flash_attn_varlen_kvpacked_func(
             q, torch.stack((k, v), 1), cu_q, cu_k, longest_q, longest_k, **options
         )
     else:
-        out, lse, _ = gp.flash_attn_varlen_func(
+        out, lse, dmask = gp.flash_attn_varlen_func(
             q, k, v, cu_q, cu_k, longest_q, longest_k, **options
         )
     assert lse.shape == (q.shape[1], q.shape[0])
     padded = pad_input(lse.T, indices, batch, seqlen_q)
-    return pad_input(out, indices, batch, seqlen_q), padded.transpose(1, 2)
+    return pad_input(out, indices, batch, seqlen_q), padded.transpose(1, 2), dmask
 
 
 def test_shapes_of_flash_attn(case):
@@ -162,14 +170,19 @@ def test_shapes_of_flash_attn(case):
 
     def run(dtype, function):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out, lse = function(*leaves)
+        out, lse, *rest = function(*leaves)
+        dmasks.extend(rest)
         grads = torch.autograd.grad(out, leaves, dout.to(dtype), allow_unused=True)
         return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True))
 
     def documented(*leaves):
-        return expected(*leaves, case, window, slopes, lengths)
+        return expected(*leaves, case, window, slopes, lengths, kept)
 
+    dmasks = []
+    torch.manual_seed(0)
     got = run(case.dtype, lambda *leaves: call(case, *leaves, lengths, window, slopes))
+    kept = (dmasks[0] >= 0) if case.dropout else None
+    assert case.dropout or dmasks[0].numel() == 0
     ref, yardstick = run(torch.float64, documented), run(case.dtype, documented)
     assert got["lse"].dtype == torch.float32 and got["out"].dtype == case.dtype
     rows = valid[:, None].expand_as(ref["lse"])
@@ -243,10 +256,45 @@ def test_pages_are_the_same_keys():
         gp.flash_attn_varlen_func(q, *pages, *cu, 5, 9, block_table=table[:, :2])
 
 
+@pytest.mark.parametrize("varlen", [False, True])
+def test_dropout_and_its_mask(varlen):
+    """out is the kept part of the softmax, scaled, times v; the same under the same seed."""
+    q, k, v = torch.randn(3, 2, 37, 4, 16).unbind()
+    if varlen:
+        cu = torch.tensor([0, 37, 60], dtype=torch.int32)
+        q, k, v = (x.flatten(0, 1)[:60] for x in (q, k, v))
+
+        def call(**options):
+            return gp.flash_attn_varlen_func(q, k, v, cu, cu, 37, 37, 0.3, causal=True, **options)
+    else:
+
+        def call(**options):
+            return gp.flash_attn_func(q, k, v, 0.3, causal=True, **options)
+
+    torch.manual_seed(5)
+    out, lse, dmask = call(return_attn_probs=True)
+    torch.manual_seed(5)
+    assert torch.equal(call(), out)
+    assert not torch.equal(call(), out)
+    assert dmask.shape == (2, 4, 37, 37) and dmask.dtype == q.dtype
+    rows = slice(0, 37), slice(37, 60)
+    for b in range(2):
+        x, y = (t[rows[b]] for t in (q, v)) if varlen else (q[b], v[b])
+        z, n = (k[rows[b]] if varlen else k[b]), len(x)
+        s = (x.transpose(0, 1) @ z.permute(1, 2, 0)) / 4
+        p = s.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
+        mask = dmask[b, :, :n, :n]
+        torch.testing.assert_close(mask.abs(), p, atol=1e-6, rtol=1e-4)
+        want = ((mask.clamp(min=0) / 0.7) @ y.transpose(0, 1)).transpose(0, 1)
+        torch.testing.assert_close(out[rows[b]] if varlen else out[b], want, atol=1e-5, rtol=1e-4)
+        share = (mask < 0).sum() / (p > 1e-6).sum()
+        assert abs(share - 0.3) < 0.05
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(dropout_p=0.1), "dropout_p must be 0.0"),
+        (dict(dropout_p=1.0), r"dropout_p must be in \[0, 1\)"),
         (dict(window_size=(-2, 0)), "window_size must be .*-1 .unbounded. or more"),
         (dict(window_size=3), "window_size must be a pair"),
         (dict(window_size=(1.5, 0)), "window_size must be a pair"),

@@ -194,3 +194,28 @@ def test_generate(models, family, cache):
     want = eager.generate(**inputs, **options)
     assert torch.equal(ours.generate(**inputs, **options), want)
     assert len(set(want.flatten().tolist())) > 1
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_dropout_while_training(models, family):
+    _, ours = models(family)
+    inputs, counted = batch(family, "left")
+    ours.train()
+    for module in ours.modules():  # of attention alone
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+        if type(module).__name__ == "BertSelfAttention":
+            module.dropout.p = 0.5
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(run(ours, inputs, counted, gradients=True))
+    same = [torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True)]
+    assert all(same)
+    assert not torch.equal(found[0]["logits"], found[2]["logits"])
+    for module in ours.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    ours.eval()

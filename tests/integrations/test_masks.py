@@ -111,7 +111,7 @@ def test_a_rule_stays_one_where_a_matrix_was_asked_for():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(dropout=0.1), "dropout must be 0"),
+        (dict(dropout=1.0), "dropout_p must be in"),
         (dict(output_attentions=True), "output_attentions must be False"),
         (dict(cache=object()), "cache must be None"),
         (dict(cu_seq_lens_q=torch.tensor([0, 27])), "given together"),
@@ -154,6 +154,19 @@ def test_what_only_the_models_own_attention_knows_is_refused(monkeypatch):
     layer._parameters = {"sinks": torch.zeros(4)}
     with pytest.raises(ValueError, match="s_aux must be the sinks of Layer"):
         attend(layer, q, k, v, None)
+
+
+def test_dropout_arrives_with_and_without_a_mask():
+    q, k, v = states(9, 9)
+    for made in (None, mask(3, 9, 9, attention_mask=padding("left", 9))):
+        torch.manual_seed(3)
+        first = run(q, k, v, made, dropout=0.5)
+        torch.manual_seed(3)
+        assert torch.equal(run(q, k, v, made, dropout=0.5), first)
+        assert not torch.equal(run(q, k, v, made, dropout=0.5), first)
+        plain = run(q, k, v, made)
+        mean = sum(run(q, k, v, made, dropout=0.5) for _ in range(300)) / 300
+        assert (mean - plain).abs().mean() < 0.1 * plain.abs().mean()
 
 
 def test_autocast_decides_the_dtype():

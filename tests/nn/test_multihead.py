@@ -152,14 +152,26 @@ def test_it_is_one_of_torch():
     ]
 
 
+def test_dropout_while_training():
+    torch.manual_seed(0)
+    layer, x = MultiheadAttention(E, H, dropout=0.5, batch_first=True), torch.randn(N, L, E)
+
+    def call():
+        return layer(x, x, x, need_weights=False)[0].detach()
+
+    torch.manual_seed(3)
+    first = call()
+    torch.manual_seed(3)
+    assert torch.equal(call(), first) and not torch.equal(call(), first)
+    mean = sum(call() for _ in range(300)) / 300
+    layer.eval()
+    assert torch.equal(call(), call())
+    assert (mean - call()).abs().mean() < 0.1 * call().abs().mean()
+
+
 def test_refused():
     x = torch.randn(N, L, E)
-    layer = MultiheadAttention(E, H, dropout=0.1, batch_first=True)
-    with pytest.raises(ValueError, match="dropout must be 0.0 while training"):
-        layer(x, x, x, need_weights=False)
-    assert layer(x, x, x)[1] is not None, "with weights torch drops"
-    layer.eval()
-    assert layer(x, x, x, need_weights=False)[0].shape == x.shape
+    layer = MultiheadAttention(E, H, batch_first=True)
     with pytest.raises(ValueError, match=r"key_padding_mask must be \(batch, seqlen_k\) \(3, 5\)"):
         layer(x, x, x, need_weights=False, key_padding_mask=torch.zeros(3, 4).bool())
     with pytest.raises(ValueError, match=r"attn_mask must be \(5, 5\) or \(12, 5, 5\)"):

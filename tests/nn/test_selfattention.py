@@ -80,8 +80,11 @@ def test_window_softcap_and_bias_arrive():
     assert torch.equal(layer(far)[:, 3:], plain[:, 3:])
     assert not torch.equal(layer(far)[:, 2], plain[:, 2])
     assert not torch.equal(layer(x, attn_bias=torch.randn(L, L)), plain)
-    layer.softcap = 0.0
-    assert not torch.equal(layer(x), plain)
+    layer.softcap, before = 0.0, plain
+    plain = layer(x)
+    assert not torch.equal(plain, before)
+    layer.dropout = 0.5
+    assert not torch.equal(layer(x), plain) and torch.equal(layer.eval()(x), plain)
 
 
 @pytest.mark.parametrize(
