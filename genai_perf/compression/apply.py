@@ -20,6 +20,7 @@ from .capture import inputs_of
 from .hessian import Hessian, Inputs
 from .recipe import Recipe
 from .report import LayerReport
+from .rules import check_fused
 
 # Tokens that go through a block at once; more would hold larger activations for no more speed.
 BATCH_TOKENS = 4096
@@ -230,31 +231,34 @@ def quantization_config(model: BlockModel, recipe: Recipe, outcome: Outcome) -> 
         return None
     dense = [name for name, module in model.model.named_modules()
              if isinstance(module, nn.Linear) and name not in outcome.schemes]  # fmt: skip
-    if recipe.quantizer.format == "nf4":
-        first = next(iter(outcome.schemes))
+    first, scheme = next(iter(outcome.schemes.items()))
+    if scheme is None:  # nf4
         dtype = model.stored_dtype(f"{first}.weight")
-        return bitsandbytes.quantization_config(
-            double_quant=recipe.quantizer.double_quant, dtype=dtype, skip=dense
-        )
+        nested = recipe.for_layer(first).quantizer.double_quant
+        return bitsandbytes.quantization_config(double_quant=nested, dtype=dtype, skip=dense)
     return compressed_tensors.quantization_config(outcome.schemes, dense)
 
 
 def _check_holdable(model: BlockModel, recipe: Recipe) -> None:
-    """Refuses, before any work, what the checkpoint format cannot hold."""
-    if recipe.quantizer is None or recipe.quantizer.format == "nf4":
-        return
-    form = recipe.quantizer.format
-    if form not in compressed_tensors.BITS:
-        valid = ", ".join((*compressed_tensors.BITS, "nf4"))
-        raise CheckpointError(f"recipe {recipe.name}: no checkpoint format holds {form}; "
-                              f"use one of {valid}")  # fmt: skip
+    """Refuses, before any work, what the checkpoint format or a server cannot hold."""
+    quantizers = {}
     for i in range(len(model.blocks)):
         for name, linear in model.linears(i).items():
-            if not isinstance(linear, nn.Linear) and not recipe.skips(name):
+            one = recipe.for_layer(name)
+            quantizer = quantizers[name] = None if recipe.skips(name) else one.quantizer
+            if quantizer is None or quantizer.format == "nf4":
+                continue
+            form = quantizer.format
+            if form not in compressed_tensors.BITS:
+                valid = ", ".join((*compressed_tensors.BITS, "nf4"))
+                raise CheckpointError(f"recipe {one.name}: no checkpoint format holds {form}; "
+                                      f"use one of {valid}")  # fmt: skip
+            if not isinstance(linear, nn.Linear):
                 raise CheckpointError(
                     f"{name}: is a {type(linear).__name__}, and compressed-tensors holds {form} "
                     f"for nn.Linear only: use nf4, prune, or skip it"
                 )
+    check_fused(quantizers)
 
 
 def _compress_linears(
@@ -280,9 +284,10 @@ def _compress_linears(
             shared = {
                 hessian: Inputs(hessian.matrix(), name=name)
             }  # layers that share one stand side by side
-        if hessian is None and recipe.needs_calibration:
+        one = recipe.for_layer(name)
+        if hessian is None and one.needs_calibration:
             raise CalibrationError(f"{name}: no calibration token reached this layer")
-        result = one_layer.compress(weight, shared.get(hessian), recipe, name=name)
+        result = one_layer.compress(weight, shared.get(hessian), one, name=name)
         model.set_weight(linear, result.weight)
         tensors = None
         if result.qweight is not None:
@@ -290,7 +295,7 @@ def _compress_linears(
             outcome.schemes[name] = scheme
             stored[name] = tensors
         outcome.layers.append(
-            _report(name, recipe.name, result.weight, result.qweight, result.error, tokens,
+            _report(name, one.name, result.weight, result.qweight, result.error, tokens,
                     time.perf_counter() - started, result.notes)
         )  # fmt: skip
     return stored

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from .. import formats
 from .._checks import check_choice, fail
-from . import masks, owl
+from . import masks, owl, rules
 from .grid import IntGrid
 
 
@@ -185,14 +185,19 @@ class Recipe:
         steps: the steps in order.
         skip: linears to leave dense, by full name, by last part of the name, or as "re:" and a
             regular expression that the full name starts with.
+        rules: pairs (layers as in skip, their steps) for layers that need other steps; the first
+            that names a layer counts. Layers that servers fuse (q, k and v; gate and up) must be
+            named together.
     """
 
     steps: tuple[Step, ...]
     skip: tuple[str, ...] = ("lm_head",)
+    rules: tuple[tuple[str, tuple[Step, ...]], ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "steps", tuple(self.steps))
         object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "rules", tuple((str(m), tuple(s)) for m, s in self.rules))
         if not self.steps or not all(isinstance(step, Step) for step in self.steps):
             fail("Recipe", "steps", f"one or two of {', '.join(_STEPS)}", repr(self.steps))
         kinds = tuple(step.prunes for step in self.steps)
@@ -205,11 +210,31 @@ class Recipe:
             if one_sweep and (self.quantizer.scales != "static" or self.quantizer.act_order):
                 raise ValueError("Recipe: SparseGPT(refine=None) followed by GPTQ needs "
                                  "scales='static' and no act_order: it is one sweep")  # fmt: skip
-        for entry in self.skip:
+        for entry in (*self.skip, *(layers for layers, _ in self.rules)):
             if not isinstance(entry, str):
                 fail("Recipe", "skip", "names", repr(entry))
             if entry.startswith("re:"):
-                _compile(entry)
+                rules.compile(entry)
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        if self.rules and self.pruner and self.pruner.allocation:
+            raise ValueError("Recipe: allocation shares out one sparsity: it takes no rules")
+        others = [Recipe(steps) for _, steps in self.rules]
+        packed = {r.quantizer.format == "nf4" for r in (self, *others) if r.quantizer}
+        if len(packed) > 1:
+            raise ValueError("Recipe: nf4 and other formats cannot be in one checkpoint folder")
+        nested = {r.quantizer.double_quant for r in (self, *others)
+                  if isinstance(r.quantizer, RTN) and r.quantizer.format == "nf4"}  # fmt: skip
+        if len(nested) > 1:
+            raise ValueError("Recipe: double_quant must be the same for all layers of a folder")
+
+    def for_layer(self, layer: str) -> "Recipe":
+        """The recipe of one linear, by full name: its rule's steps, or these."""
+        for layers, steps in self.rules:
+            if rules.matches((layers,), layer):
+                return Recipe(steps, self.skip)
+        return self if not self.rules else replace(self, rules=())
 
     @property
     def pruner(self) -> Pruner | None:
@@ -221,10 +246,12 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        return "+".join(step.name for step in self.steps)
+        return "+".join(step.name for step in self.steps) + (", mixed" if self.rules else "")
 
     @property
     def needs_calibration(self) -> bool:
+        if any(Recipe(steps).needs_calibration for _, steps in self.rules):
+            return True
         if self.pruner and self.pruner.allocation:
             return True
         return any(isinstance(step, GPTQ | SparseGPT | Wanda | RIA) for step in self.steps)
@@ -236,11 +263,7 @@ class Recipe:
 
     def skips(self, layer: str) -> bool:
         """Whether the linear of this full name stays dense."""
-        return any(
-            _compile(entry).match(layer) if entry.startswith("re:")
-            else entry in (layer, layer.rpartition(".")[2])
-            for entry in self.skip
-        )  # fmt: skip
+        return rules.matches(self.skip, layer)
 
     @classmethod
     def named(cls, name: str) -> "Recipe":
@@ -251,24 +274,33 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Plain data that `from_dict` reads back."""
-        steps = [{"method": step.method, **asdict(step)} for step in self.steps]
-        return {"steps": steps, "skip": list(self.skip)}
+        data = {"steps": _data(self.steps), "skip": list(self.skip)}
+        if self.rules:
+            data["rules"] = [{"layers": m, "steps": _data(steps)} for m, steps in self.rules]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "Recipe":
-        """Reads `{"steps": [{"method": "sparsegpt", "sparsity": 0.5}, ...], "skip": [...]}`.
+        """Reads `{"steps": [{"method": "sparsegpt", "sparsity": 0.5}, ...], "skip": [...],
+        "rules": [{"layers": "re:.*down_proj", "steps": [...]}, ...]}`.
 
         Raises:
             ValueError: an unknown key or method, named with the nearest valid one; a bad value.
         """
-        _check_keys("recipe", data, ("steps", "skip"))
-        steps = data.get("steps")
-        if not isinstance(steps, list | tuple):
-            fail("recipe", "steps", "a list of steps", repr(steps))
+        _check_keys("recipe", data, ("steps", "skip", "rules"))
         skip = data.get("skip", ("lm_head",))
         if not isinstance(skip, list | tuple):
             fail("recipe", "skip", "a list of names", repr(skip))
-        return cls(tuple(_step_from(step) for step in steps), tuple(skip))
+        found = data.get("rules", ())
+        if not isinstance(found, list | tuple) or not all(isinstance(r, Mapping) for r in found):
+            fail("recipe", "rules", "a list of mappings with 'layers' and 'steps'", repr(found))
+        for rule in found:
+            _check_keys("recipe rule", rule, ("layers", "steps"))
+            if not isinstance(rule.get("layers"), str):
+                fail("recipe rule", "layers", "a name or 're:' and a regular expression",
+                     repr(rule.get("layers")))  # fmt: skip
+        pairs = tuple((rule["layers"], _steps_from(rule.get("steps"))) for rule in found)
+        return cls(_steps_from(data.get("steps")), tuple(skip), pairs)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Recipe":
@@ -335,13 +367,6 @@ def _pruner_name(step: "Pruner", *, faithful: bool = False) -> str:
     return f"{step.method}-{amount}{ends}"
 
 
-def _compile(entry: str) -> re.Pattern:
-    try:
-        return re.compile(entry.removeprefix("re:"))
-    except re.error as error:
-        raise ValueError(f"Recipe: skip {entry!r} is not a regular expression: {error}") from error
-
-
 def _nearest(word: object, valid: tuple[str, ...]) -> str:
     close = get_close_matches(str(word), valid, n=1, cutoff=0.4)
     return f"did you mean {close[0]!r}? " if close else ""
@@ -371,6 +396,16 @@ def _step_named(part: str, name: str) -> Step:
             return SparseGPT(refine=None, **options)
     raise ValueError(f"recipe: unknown name {name!r}; {_nearest(name, NAMES)}names: "
                      f"{', '.join(NAMES)}, or the path of a .yaml or .json file")  # fmt: skip
+
+
+def _data(steps: tuple[Step, ...]) -> list[dict]:
+    return [{"method": step.method, **asdict(step)} for step in steps]
+
+
+def _steps_from(data: object) -> tuple[Step, ...]:
+    if not isinstance(data, list | tuple):
+        fail("recipe", "steps", "a list of steps", repr(data))
+    return tuple(_step_from(step) for step in data)
 
 
 def _step_from(data: object) -> Step:

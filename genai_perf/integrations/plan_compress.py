@@ -100,20 +100,20 @@ class _Block:
     """The linears of one block and what the recipe makes of them."""
 
     def __init__(self, prefix: str, block: nn.Module, recipe: Recipe, dtype: torch.dtype):
-        self.prefix, self.recipe, self._dtype = prefix, recipe, dtype
+        self.prefix, self._dtype = prefix, dtype
         self.names = {f"{prefix}.{name}": t for name, t in block.named_parameters()}
-        self.shapes = [
-            _rows(m)
+        self.linears = [
+            (*_rows(m), recipe.for_layer(f"{prefix}.{name}"))
             for name, m in block.named_modules()
             if skeleton.is_linear(m) and not recipe.skips(f"{prefix}.{name}")
         ]
         self.nbytes = sum(4 * t.numel() for t in self.names.values())
         self.stored = sum(t.numel() for t in self.names.values()) * dtype.itemsize
-        dense = self.stored - dtype.itemsize * sum(n * k for n, k in self.shapes)
-        self.output = dense + sum(self._packed(n, k) for n, k in self.shapes)
+        dense = self.stored - dtype.itemsize * sum(n * k for n, k, _ in self.linears)
+        self.output = dense + sum(self._packed(*linear) for linear in self.linears)
 
-    def _packed(self, n: int, k: int) -> int:
-        quantizer = self.recipe.quantizer
+    def _packed(self, n: int, k: int, recipe: Recipe) -> int:
+        quantizer = recipe.quantizer
         if quantizer is None:
             return self._dtype.itemsize * n * k
         form = formats.get(quantizer.format)
@@ -129,13 +129,14 @@ class _Block:
     @property
     def solver(self) -> int:
         """fp32 copies of the largest layer's weights and of its Hessian, all alive in the sweep."""
-        return max((4 * (5 * n * k + 4 * k * k) for n, k in self.shapes), default=0)
+        return max((4 * (5 * n * k + 4 * k * k) for n, k, _ in self.linears), default=0)
 
     def flops(self, tokens: int, inputs) -> float:
         weights = sum(t.numel() for t in self.names.values())
         total = 2 * 2 * weights * tokens + sum(2 * k * k * tokens for k in inputs)
-        if any(isinstance(step, GPTQ | SparseGPT) for step in self.recipe.steps):
-            total += sum(2 * n * k * k + 2 * k**3 for n, k in self.shapes)
+        for n, k, recipe in self.linears:
+            if any(isinstance(step, GPTQ | SparseGPT) for step in recipe.steps):
+                total += 2 * n * k * k + 2 * k**3
         return total
 
 

@@ -125,3 +125,38 @@ def test_skip():
 def test_who_needs_calibration():
     need = {name for name in NAMES if Recipe.named(name).needs_calibration}
     assert need == {name for name in NAMES if "rtn" not in name and "magnitude" not in name}
+
+
+MIXED = {
+    "steps": [{"method": "gptq", "group_size": 32}],
+    "rules": [
+        {"layers": "re:.*layers.0.mlp", "steps": [{"method": "rtn", "format": "int8"}]},
+        {"layers": "down_proj", "steps": [{"method": "rtn", "format": "fp8"}]},
+    ],
+}
+
+
+def test_rules_choose_by_layer_and_survive_a_round_trip():
+    recipe = Recipe.from_dict(MIXED)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    found = {
+        name: recipe.for_layer(f"model.layers.{name}").quantizer.format
+        for name in ("0.mlp.down_proj", "1.mlp.down_proj", "1.mlp.up_proj", "0.self_attn.q_proj")
+    }
+    assert list(found.values()) == ["int8", "fp8", "int4", "int4"]  # the first rule counts
+    assert recipe.needs_calibration and recipe.name == "int4-gptq, mixed"
+    needed = {"steps": [{"method": "rtn"}], "rules": [{"layers": "x", "steps": MIXED["steps"]}]}
+    assert Recipe.from_dict(needed).needs_calibration
+
+
+@pytest.mark.parametrize("rule, words", [
+    ({"layer": "x", "steps": []}, "did you mean 'layers'"),
+    ({"layers": 3, "steps": []}, "a name or 're:'"),
+    ({"layers": "x"}, "a list of steps"),
+    ({"layers": "x", "steps": []}, "one or two of"),
+    ({"layers": "re:(", "steps": [{"method": "rtn"}]}, "not a regular expression"),
+    ({"layers": "x", "steps": [{"method": "rtn", "format": "nf4"}]}, "cannot be in one checkpoint"),
+])  # fmt: skip
+def test_bad_rules_are_one_sentence(rule, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe.from_dict({"steps": [{"method": "rtn"}], "rules": [rule]})

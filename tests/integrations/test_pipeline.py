@@ -275,3 +275,28 @@ def test_activations_that_overflow_are_named(saved, tmp_path):
     src = damaged(saved, tmp_path, "model.layers.1.mlp.up_proj.weight", 3e38)
     with pytest.raises(gp.CalibrationError, match=r"model\.layers\.1"):
         gp.compress(src, tmp_path / "out", "int8-rtn", calibration=IDS)
+
+
+def test_a_mixed_recipe_loads_everywhere(saved, tmp_path):
+    recipe = Recipe((GPTQ(group_size=32),), rules=(
+        ("re:.*layers.0.mlp", (RTN("int8"),)), ("down_proj", (RTN("fp8"),)),
+    ))  # fmt: skip
+    report = gp.compress(saved("llama"), tmp_path / "out", recipe, calibration=IDS)
+    by_format = {layer.name: (layer.recipe, layer.format) for layer in report.layers}
+    assert by_format["model.layers.0.mlp.down_proj"] == ("int8-rtn", "int8")
+    assert by_format["model.layers.2.mlp.down_proj"] == ("fp8-rtn", "fp8")
+    assert by_format["model.layers.2.mlp.up_proj"] == ("int4-gptq", "int4")
+    with torch.no_grad():
+        theirs = load(tmp_path / "out")(IDS).logits
+        ours = gp.load_compressed(tmp_path / "out")(IDS).logits
+    assert torch.allclose(ours, theirs, atol=1e-4 * theirs.abs().max())
+
+
+@pytest.mark.parametrize("layers", ["k_proj", "re:.*gate_proj"])
+def test_layers_that_servers_fuse_are_treated_alike(saved, tmp_path, layers):
+    recipe = Recipe((RTN("int8"),), rules=((layers, (RTN("fp8"),)),))
+    with pytest.raises(ValueError, match="one layer to a server"):
+        gp.compress(saved("llama"), tmp_path / "out", recipe)
+    with pytest.raises(ValueError, match="one layer to a server"):
+        gp.compress(saved("llama"), tmp_path / "out", Recipe((RTN("int8"),), skip=(layers,)))
+    assert not list(tmp_path.iterdir())
