@@ -80,7 +80,8 @@ def _refuse(module, s_aux, kwargs: dict) -> None:
     if kwargs.get("cache") is not None:
         fail(_WHERE, "cache", "None (continuous batching is not supported)",
              type(kwargs["cache"]).__name__)  # fmt: skip
-    for name in _meant_for_eager(type(module).__module__):
+    meant = _meant_for_eager.__wrapped__ if torch.compiler.is_compiling() else _meant_for_eager
+    for name in meant(type(module).__module__):
         if kwargs.get(name) is not None:
             fail(_WHERE, name, f"None (not known how {type(module).__name__} uses it)", "a value")
     if s_aux is None and "sinks" in getattr(module, "_parameters", ()):

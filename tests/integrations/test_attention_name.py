@@ -196,6 +196,58 @@ def test_generate(models, family, cache):
     assert len(set(want.flatten().tolist())) > 1
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt-oss", "qwen3"])
+def test_no_matrix_of_a_common_mask_is_ever_made(models, family, monkeypatch):
+    """Padding, windows and packed sequences, in prompt and training: rules suffice."""
+    from transformers import masking_utils
+
+    _, ours = models(family)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a matrix of bools was asked for")
+
+    monkeypatch.setattr(masking_utils, "sdpa_mask", refuse)
+    position_ids = torch.tensor([[*range(6), *range(7)]])
+    for padding in (None, "left", "right"):
+        run(ours, *batch(family, padding), gradients=True)
+    packed = {"input_ids": batch(family)[0]["input_ids"][:1], "position_ids": position_ids}
+    run(ours, packed, torch.ones(1, 13, dtype=torch.bool), gradients=True)
+
+
+def test_compiled_in_one_graph(models):
+    _, ours = models("mistral")
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    for padding in ("left", None):
+        inputs, counted = batch("mistral", padding)
+        with torch.no_grad():
+            want = ours(**inputs, use_cache=False).logits[counted]
+            got = compiled(**inputs, use_cache=False).logits[counted]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activations_made_again_in_the_backward(models, reentrant):
+    _, ours = models("mistral")
+    inputs, counted = batch("mistral", "left")
+    ours.train()
+    want = run(ours, inputs, counted, gradients=True)
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    got = run(ours, inputs, counted, gradients=True)
+    ours.gradient_checkpointing_disable()
+    ours.eval()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_under_autocast(models):
+    eager, ours = models("gemma2")
+    inputs, counted = batch("gemma2", "left")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        want, got = (model(**inputs, use_cache=False).logits[counted] for model in (eager, ours))
+    assert got.dtype == want.dtype
+    assert (got - want).abs().max() < 0.03 * want.abs().max()
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_dropout_while_training(models, family):
     _, ours = models(family)
