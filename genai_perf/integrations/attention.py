@@ -53,8 +53,10 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
             packing = _restarting(position_ids, q, k)
         if packing is None:
             return _whole(q, k, v, causal and q.shape[1] > 1, position_bias, options), None
-        left = None if sliding_window is None or not causal else sliding_window - 1
-        return _packed(packing, q, k, v, position_bias, left, causal, options), None
+        window = (None, 0 if causal else None)
+        if sliding_window is not None and causal:
+            window = (sliding_window - 1, 0)
+        return _packed(packing, q, k, v, position_bias, window, options), None
     if attention_mask.dim() != 4:
         fail(_WHERE, "attention_mask", "4-D, or None", f"shape {tuple(attention_mask.shape)}")
     if not isinstance(attention_mask, RuleMask):
@@ -69,8 +71,8 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
         if packing is None and attention_mask.keys is None:
             packing = _restarting(position_ids, q, k)
         if packing is not None:
-            left = attention_mask.rule.left
-            return _packed(packing, q, k, v, position_bias, left, True, options), None
+            window = (attention_mask.rule.left, 0)
+            return _packed(packing, q, k, v, position_bias, window, options), None
     return _by_rule(attention_mask, q, k, v, position_bias, options), None
 
 
@@ -122,17 +124,15 @@ def _by_rule(rules: RuleMask, q, k, v, bias, options: dict):
     if rules.shape[-2] != q.shape[1] or rules.shape[-1] != k.shape[1]:
         fail(_WHERE, "attention_mask", f"(batch, 1, {q.shape[1]}, {k.shape[1]})",
              tuple(rules.shape))  # fmt: skip
+    end, window = rules.visible, (rule.left, rule.right)
     if rules.keys is None and rule.sequences is None and rules.aligned:
-        end = rules.visible
         if end < k.shape[1]:
             k, v, bias = k[:, :end], v[:, :end], None if bias is None else bias[..., :end]
-        window = (rule.left, rule.right)
         return attention(q, k, v, window_size=window, attn_bias=bias, **options)
     if bias is None and (rules.keys is not None or rule.sequences is not None):
         packing = rules.packing
         if packing is not None:
-            return _packed(packing, q, k[:, : rules.visible], v[:, : rules.visible], None,
-                           rule.left, rule.right == 0, options)  # fmt: skip
+            return _packed(packing, q, k[:, :end], v[:, :end], None, window, options)
     return attention(q, k, v, attn_bias=_joined(bias, rules.dense), **options)
 
 
@@ -162,7 +162,7 @@ def _restarting(position_ids, q, k) -> Packing | None:
     return pack_sequences(torch.nn.functional.pad(new.cumsum(-1), (1, 0))) if new.any() else None
 
 
-def _packed(packing: Packing, q, k, v, bias, left, causal: bool, options: dict):
+def _packed(packing: Packing, q, k, v, bias, window: tuple, options: dict):
     """The rows that take part, as packed sequences; the other rows of the result are 0."""
     if bias is not None:
         fail(_WHERE, "position_bias", "None with packed sequences", "a tensor")
@@ -176,8 +176,7 @@ def _packed(packing: Packing, q, k, v, bias, left, causal: bool, options: dict):
         q,
         k,
         v,
-        causal=causal,
-        window_size=(left, None),
+        window_size=window,
         cu_seqlens_q=packing.cu_seqlens_q,
         cu_seqlens_k=packing.cu_seqlens_k,
         max_seqlen_q=packing.max_seqlen_q,

@@ -90,8 +90,12 @@ class RuleMask(torch.Tensor):
         lengths = keys.sum(-1)
         if rule.left is None and rule.right is None:
             queries = torch.ones(batch, q_length, dtype=torch.bool, device=keys.device)
-        elif rule.right == 0 and (rule.left is None or _in_one_piece(keys, lengths)):
+        elif (rule.left is not None or rule.right) and not _in_one_piece(keys, lengths):
+            return None
+        elif rule.right == 0:
             queries = keys[:, self.offset :]
+        elif self.offset == 0 and q_length == kv_length:
+            queries = keys
         else:
             return None
         return _pack(queries, keys)
