@@ -1,0 +1,61 @@
+"""quant_matmul on Trainium by NKI kernels; see the op's README for what was proven and where."""
+
+import torch
+
+from ...._backends import nki as toolchain
+from . import layout
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(x, qdata, scale, zero_point, nested_scale, scale_offset, bias,
+            format, group_size, n) -> str | None:  # fmt: skip
+    tensors = (x, qdata, scale, zero_point, nested_scale, scale_offset, bias)
+    return toolchain.why_not(*tensors)
+
+
+def why_not_backward(dy, qdata, scale, zero_point, nested_scale, scale_offset,
+                     format, group_size, k) -> str | None:  # fmt: skip
+    return toolchain.why_not(dy, qdata, scale, zero_point, nested_scale, scale_offset)
+
+
+def _bias(bias, n: int, like: torch.Tensor) -> torch.Tensor:
+    if bias is None:
+        return like.new_zeros(1, 1, dtype=torch.float32)
+    return bias.float().reshape(1, n)
+
+
+def forward(x, qdata, scale, zero_point, nested_scale, scale_offset, bias, format, group_size, n):
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    if rows.numel() == 0 or n == 0:
+        y = x.new_zeros((*x.shape[:-1], n))
+        return y if bias is None else y + bias.to(y.dtype)
+    row = _bias(bias, n, x)
+    if format == "int8":
+        from .int8_kernel import int8_matmul
+
+        words = layout.padded(qdata, 2).contiguous().view(torch.uint16)
+        y = toolchain.launch(int8_matmul, layout.padded(rows, 2), words, scale.reshape(1, n), row,
+                             bias is not None)  # fmt: skip
+    else:
+        from .decode_kernels import decoded_matmul
+
+        weight = (qdata, scale, zero_point, nested_scale, scale_offset)
+        codes, scales, zero, table, form = layout.describe(weight, format, group_size, n, k)
+        y = toolchain.launch(decoded_matmul, rows, codes, scales, zero, table, row, form,
+                             bias is not None)  # fmt: skip
+    return y.reshape(*x.shape[:-1], n)
+
+
+def backward(dy, qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, k):
+    n = dy.shape[-1]
+    rows = dy.reshape(-1, n)
+    if rows.numel() == 0 or k == 0:
+        return dy.new_zeros((*dy.shape[:-1], k))
+    from .decode_kernels import decoded_matmul_backward
+
+    weight = (qdata, scale, zero_point, nested_scale, scale_offset)
+    codes, scales, zero, table, form = layout.describe(weight, format, group_size, n, k)
+    dx = toolchain.launch(decoded_matmul_backward, rows, codes, scales, zero, table, k, form)
+    return dx.reshape(*dy.shape[:-1], k)
