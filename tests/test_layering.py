@@ -27,8 +27,8 @@ FOREIGN = {
     "transformers": {"integrations"},
     "accelerate": {"integrations"},
     "peft": {"integrations"},
-    "bitsandbytes": set(),
-    "compressed_tensors": set(),
+    "bitsandbytes": {"bench"},  # bench/peers, where they are measured
+    "compressed_tensors": {"bench"},
     "matplotlib": {"bench"},
     "jinja2": {"bench"},
     "triton": {"ops", "_backends"},

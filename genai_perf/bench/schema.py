@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 
 _NUMBER = (int, float)
 _INTERVAL = {"ratio": _NUMBER, "low": _NUMBER, "high": _NUMBER}
@@ -58,6 +59,12 @@ _REPORT = {
     "variants": [_VARIANT],
     "layer": {"in_features": int, "out_features": int, "rows": [_LAYER_ROW]},
 }  # fmt: skip
+# Version 1 promised less about the machine and the captions.
+_FIRST = _REPORT | {
+    "machine": {"cpu": str, "cpu_flags": list, "cores_usable": int, "torch_threads": int,
+                "memory_bytes": int},
+    "settings": dict,
+}  # fmt: skip
 
 
 def validate(report: object) -> None:
@@ -66,11 +73,10 @@ def validate(report: object) -> None:
     Raises:
         ValueError: names the first field that is missing or of the wrong type, and what it holds.
     """
-    if isinstance(report, Mapping) and report.get("schema_version") != VERSION:
-        raise ValueError(
-            f"report: schema_version must be {VERSION}, got {report.get('schema_version')!r}"
-        )
-    _check("report", report, _REPORT)
+    version = report.get("schema_version") if isinstance(report, Mapping) else VERSION
+    if version not in READABLE:
+        raise ValueError(f"report: schema_version must be {VERSION}, got {version!r}")
+    check("report", report, _FIRST if version == 1 else _REPORT)
     names = [variant["name"] for variant in report["variants"]]
     if not names or names[0] != "dense":
         raise ValueError(f"report.variants: the first must be 'dense', got {names[:1]}")
@@ -78,21 +84,21 @@ def validate(report: object) -> None:
         raise ValueError(f"report.variants: names must differ, got {names}")
 
 
-def _check(where: str, value: object, spec: object) -> None:
+def check(where: str, value: object, spec: object) -> None:
     if isinstance(spec, dict):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be an object, got {type(value).__name__}")
         for name, inner in spec.items():
             if name not in value:
                 raise ValueError(f"{where}.{name} is missing")
-            _check(f"{where}.{name}", value[name], inner)
+            check(f"{where}.{name}", value[name], inner)
     elif isinstance(spec, list):
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, got {type(value).__name__}")
         for i, item in enumerate(value):
-            _check(f"{where}[{i}]", item, spec[0])
+            check(f"{where}[{i}]", item, spec[0])
     # bool is an int to Python, but not a number here.
-    elif not isinstance(value, spec) or isinstance(value, bool):
+    elif not isinstance(value, spec) or (isinstance(value, bool) and spec is not bool):
         kinds = spec if isinstance(spec, tuple) else (spec,)
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{where} must be {wanted}, got {value!r}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import checkpoint, compress, demo, distill, doctor, plan
+from . import bench, checkpoint, compress, demo, distill, doctor, plan, report
 
 app = typer.Typer(
     name="genaiperf",
@@ -22,6 +22,8 @@ app.add_typer(distill.app, name="distill")
 app.command("convert")(checkpoint.convert)
 app.command("validate")(checkpoint.validate)
 app.command("doctor")(doctor.command)
+app.add_typer(bench.app, name="bench")
+app.command("report")(report.command)
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .._errors import BackendUnsupported
+
 
 @contextmanager
 def user_errors(interrupted: str = "interrupted") -> Iterator[None]:
@@ -27,7 +29,7 @@ def user_errors(interrupted: str = "interrupted") -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BackendUnsupported) as error:
         sentence = " ".join(str(error).split())
         Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True)
         raise typer.Exit(2) from error

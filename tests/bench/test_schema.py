@@ -41,7 +41,7 @@ def test_the_sample_is_valid_and_round_trips(tmp_path):
         (lambda r: r.update(variants={}), "report.variants must be a list, got dict"),
         (lambda r: r["variants"].reverse(), "the first must be 'dense'"),
         (lambda r: r["variants"].append(r["variants"][1]), "names must differ"),
-        (lambda r: r.update(schema_version=99), "schema_version must be 1, got 99"),
+        (lambda r: r.update(schema_version=99), "schema_version must be 2, got 99"),
         (lambda r: r.update(seconds=None), "report.seconds must be int or float, got None"),
     ],
 )

@@ -1,0 +1,93 @@
+"""What is measured: one case of an op in one phase, and the variants that can compute it."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+import torch
+
+Outputs = Mapping[str, torch.Tensor]
+
+
+class Unsupported(ValueError):
+    """A peer cannot compute this problem; the message says why, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One case of an op in one phase, with its inputs.
+
+    inputs: by name, on `device`; what each is, the op's suite says.
+    flops, floor_bytes: in closed form: arithmetic without waste, and each input and output once.
+    options: what the suite and the peers must know beside the tensors.
+    """
+
+    op: str
+    case: str
+    phase: str
+    device: str
+    dtype: torch.dtype
+    inputs: Mapping[str, object]
+    flops: int
+    floor_bytes: int
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def clone(self) -> "Problem":
+        """The same numbers at other addresses."""
+        values = {field: getattr(self, field) for field in self.__dataclass_fields__}
+        return Problem(**values | {"inputs": copy.deepcopy(dict(self.inputs))})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a problem.
+
+    call: what is timed.
+    result: from what `call` returns to named outputs in the op's own layout; not timed.
+    numerics: the type it rounds activations to on purpose, where that is not the problem's dtype:
+        "bfloat16", "float16", "int8" or "int7"; its error is judged by that type's.
+    weight: the dense weight it holds, where its format is not the problem's own.
+    """
+
+    call: Callable[[], object]
+    result: Callable[[object], Outputs]
+    numerics: str | None = None
+    weight: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """Largest error against the float64 oracle, and what the numerics rule allows."""
+
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+
+def join(checks: list[Check]) -> Check:
+    """The worst of several outputs: the one that comes nearest to its bound, or passes it."""
+
+    def strain(check: Check) -> float:
+        if math.isnan(check.error):
+            return math.inf
+        return check.error / check.allowed if check.allowed else math.inf * bool(check.error)
+
+    return max(checks, key=strain)
+
+
+def choose(what: str, wanted: str, known: list[str] | tuple[str, ...]) -> str:
+    """`wanted` if it is known.
+
+    Raises:
+        ValueError: it is not; offers the nearest names.
+    """
+    if wanted in known:
+        return wanted
+    near = get_close_matches(wanted, known, n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+    raise ValueError(f"bench: no {what} is named {wanted!r}{hint}")

@@ -1,0 +1,98 @@
+"""attention: forward, and forward with backward.
+
+Inputs q, k, v, dout (batch, seqlen, heads, headdim). The oracle judges the last group of heads of
+the last batch entry, all of whose numbers depend on nothing else: the whole matrix of scores in
+float64 would not fit for the long cases.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ...ops.attention import attention
+from ...ops.attention import cases as listed
+from ...ops.attention.op import BACKENDS as _BACKENDS
+from ...testing.numerics import max_error, rounding
+from ..problem import Check, Problem, Variant, join
+
+PHASES = ("forward", "forward+backward")
+BASELINE = "torch-sdpa"
+BACKENDS = _BACKENDS
+HEADLINE = ("float32_s512_d64_causal", "float32_s1024_d128_causal", "bfloat16_s512_d64_causal",
+            "bfloat16_s1024_d128_full")  # fmt: skip
+_NAMES = ("q", "k", "v")
+
+
+def cases() -> dict[str, object]:
+    return {case.name: case for case in listed.CASES if "bench" in case.tags}
+
+
+def make(case, phase: str, device: str, seed: int) -> Problem:
+    inputs = listed.make_inputs(case, device, seed)
+    dim_v = inputs["v"].shape[3]
+    generator = torch.Generator(device=device).manual_seed(seed + 1)
+    dout = torch.randn(case.batch, case.seqlen_q, case.nheads, dim_v, generator=generator,
+                       device=device).to(case.dtype)  # fmt: skip
+    flops, moved = listed.cost(case)
+    if phase == "forward":
+        tensors = {name: inputs[name] for name in _NAMES}
+    else:
+        tensors = {name: inputs[name].requires_grad_() for name in _NAMES} | {"dout": dout}
+        flops, moved = int(3.5 * flops), 2 * moved
+    return Problem("attention", case.name, phase, device, case.dtype, tensors, flops, moved,
+                   {"causal": case.causal, "group": case.nheads // case.nheads_k})  # fmt: skip
+
+
+def own(problem: Problem, backend: str) -> Variant:
+    q, k, v = (problem.inputs[name] for name in _NAMES)
+    causal = problem.options["causal"]
+
+    def forward():
+        with torch.no_grad():
+            return (attention(q, k, v, causal=causal, backend=backend),)
+
+    def both():
+        out = attention(q, k, v, causal=causal, backend=backend)
+        return out, *torch.autograd.grad(out, (q, k, v), problem.inputs["dout"])
+
+    return Variant(forward if problem.phase == "forward" else both, named)
+
+
+def named(raw: tuple) -> dict[str, torch.Tensor]:
+    return dict(zip(("out", "dq", "dk", "dv"), (x.detach() for x in raw), strict=False))
+
+
+def _last_group(problem: Problem, name: str, x: torch.Tensor) -> torch.Tensor:
+    """The last batch entry's last group of query heads, or its one key head."""
+    heads = 1 if name in ("k", "v", "dk", "dv") else problem.options["group"]
+    return x.detach()[-1:, :, -heads:]
+
+
+def _eager(q, k, v, dout, causal: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """torch's own attention by plain products, in one dtype throughout."""
+    leaves = [x.to(dtype).transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    rows, columns = q.shape[1], k.shape[1]
+    mask = None
+    if causal:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device)
+        mask = mask.tril(columns - rows)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        out = F.scaled_dot_product_attention(*leaves, attn_mask=mask, enable_gqa=True)
+    found = (out,)
+    if dout is not None:
+        found += torch.autograd.grad(out, leaves, dout.to(dtype).transpose(1, 2))
+    return named(tuple(x.detach().transpose(1, 2) for x in found))
+
+
+def check(problem: Problem, outputs, numerics=None, weight=None) -> Check:
+    parts = {name: _last_group(problem, name, x) for name, x in problem.inputs.items()}
+    q, k, v, dout = (parts.get(name) for name in ("q", "k", "v", "dout"))
+    causal = problem.options["causal"]
+    exact = _eager(q, k, v, dout, causal, torch.float64)
+    same = _eager(q, k, v, dout, causal, problem.dtype)
+    found = []
+    for name in exact if problem.phase != "forward" else ("out",):
+        part, factor = _last_group(problem, name, outputs[name]), 2 if name == "out" else 3
+        allowed = factor * max_error(same[name], exact[name])
+        found.append(Check(max_error(part, exact[name]),
+                           allowed + rounding(exact[name], problem.dtype)))  # fmt: skip
+    return join(found)
