@@ -4,6 +4,13 @@ from importlib import import_module
 
 from ..ops.distill_loss import Logits, TopK, distillation_loss, fused_linear_distillation_loss
 from .cache import TeacherCache
+from .hidden import (
+    HiddenProjections,
+    hidden_state_loss,
+    layer_map,
+    minilm_loss,
+    relation_loss,
+)
 from .settings import DistillationSettings
 
 # Names of this subject that need transformers, which only `integrations` knows.
@@ -18,11 +25,16 @@ _ELSEWHERE = {
 
 __all__ = [
     "DistillationSettings",
+    "HiddenProjections",
     "Logits",
     "TeacherCache",
     "TopK",
     "distillation_loss",
     "fused_linear_distillation_loss",
+    "hidden_state_loss",
+    "layer_map",
+    "minilm_loss",
+    "relation_loss",
     *_ELSEWHERE,
 ]
 
