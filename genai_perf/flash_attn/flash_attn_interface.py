@@ -18,6 +18,8 @@ Arguments have flash-attn's names, order and defaults:
         empty without dropout, with it (batch, nheads, seqlen_q, seqlen_k) the softmax, negative
         where it was dropped: for tests, slow and large.
 
+`flash_attn_with_kvcache` is that of `genai_perf.ops.decode_attention`.
+
 Every function raises ValueError in one sentence for a wrong shape, dtype, device or value. One
 number differs: a row that sees no key has softmax_lse -inf, where flash-attn 2 has +inf.
 """
@@ -28,6 +30,7 @@ import torch
 
 from .._checks import check_dtype, check_ndim, check_tensor, fail
 from ..ops.attention import attention, checks
+from ..ops.decode_attention import flash_attn_with_kvcache
 
 __all__ = [
     "flash_attn_func",
@@ -36,6 +39,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 

@@ -12,10 +12,14 @@ import torch
 
 from .._checks import fail
 from ..ops.attention import attention
+from ..ops.decode_attention import decode_attention
 from .masks import Packing, RuleMask, mask, pack_sequences
 
 NAME = "genai_perf"
 _WHERE = "attn_implementation='genai_perf'"
+# Elements of the keys from which `decode_attention` is the faster one: at 8 heads of 128, 256 keys
+# (two cores of an AMD EPYC, Zen 4).
+DECODE_FROM = 200_000
 # What eager attention functions of transformers take, and this one honours or has no use for:
 # windows are in the masks.
 _KNOWN = {
@@ -116,7 +120,27 @@ def _whole(q, k, v, causal: bool, bias, options: dict):
     if causal and k.shape[1] > q.shape[1]:
         k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
         bias = None if bias is None else bias[..., : q.shape[1]]
+    if bias is None and _is_decoding(q, k, options):
+        return _decode(q, k, v, options)
     return attention(q, k, v, causal=causal, attn_bias=bias, **options)
+
+
+def _is_decoding(q, k, options: dict) -> bool:
+    """One query over enough keys for `decode_attention` to pay; it has no backward."""
+    return (
+        q.shape[1] == 1
+        and not torch.compiler.is_compiling()
+        and q.is_cpu
+        and k.numel() >= DECODE_FROM
+        and not options["dropout_p"]
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    )
+
+
+def _decode(q, k, v, options: dict, window=(None, None), left_padding=None):
+    options = {name: value for name, value in options.items() if name != "dropout_p"}
+    return decode_attention(q, k, v, cache_seqlens=k.shape[1], cache_leftpad=left_padding,
+                            window_size=window, **options)  # fmt: skip
 
 
 def _by_rule(rules: RuleMask, q, k, v, bias, options: dict):
@@ -128,11 +152,17 @@ def _by_rule(rules: RuleMask, q, k, v, bias, options: dict):
     if rules.keys is None and rule.sequences is None and rules.aligned:
         if end < k.shape[1]:
             k, v, bias = k[:, :end], v[:, :end], None if bias is None else bias[..., :end]
+        if bias is None and _is_decoding(q, k, options):
+            return _decode(q, k, v, options, window)
         return attention(q, k, v, window_size=window, attn_bias=bias, **options)
-    if bias is None and (rules.keys is not None or rule.sequences is not None):
-        packing = rules.packing
-        if packing is not None:
-            return _packed(packing, q, k[:, :end], v[:, :end], None, window, options)
+    seen_k, seen_v = k[:, :end], v[:, :end]
+    if bias is None and q.shape[1] == 1:  # packing would copy the whole cache for one query
+        padded = rules.keys is not None and rules.aligned and _is_decoding(q, seen_k, options)
+        if padded and rules.left_padding is not None:
+            return _decode(q, seen_k, seen_v, options, window, rules.left_padding)
+    elif bias is None and (rules.keys is not None or rule.sequences is not None):
+        if rules.packing is not None:
+            return _packed(rules.packing, q, seen_k, seen_v, None, window, options)
     return attention(q, k, v, attn_bias=_joined(bias, rules.dense), **options)
 
 

@@ -76,6 +76,16 @@ class RuleMask(torch.Tensor):
         return unbounded or self.visible - self.shape[-2] == self.offset
 
     @cached_property
+    def left_padding(self) -> torch.Tensor | None:
+        """int32 (batch,): how many keys come before the first that is no padding; None where
+        padding comes later too."""
+        keys = self.keys[:, : self.visible]
+        lengths = keys.sum(-1)
+        if not bool(keys[:, -1:].all()) or not _in_one_piece(keys, lengths):
+            return None
+        return (keys.shape[1] - lengths).to(torch.int32)
+
+    @cached_property
     def packing(self) -> "Packing | None":
         """How to run it as packed sequences; None where that cannot express it."""
         batch, _, q_length, kv_length = self.shape
@@ -193,7 +203,7 @@ def mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function
         whole = end == kv_length and (q_length == 1 or q_length == kv_length)
         if rule.right == 0 and inside and whole and allow_is_causal_skip:
             return None
-    if q_length == 1:
+    if q_length == 1 and not allow_is_causal_skip:  # a compiled step reads it
         return dense()
     return RuleMask((batch_size, 1, q_length, kv_length), device, rule, offset, keys, dense)
 

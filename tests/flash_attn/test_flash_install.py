@@ -21,7 +21,7 @@ import genai_perf.flash_attn
 genai_perf.flash_attn.install()
 genai_perf.flash_attn.install()
 import flash_attn, torch
-from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.flash_attn_interface import flash_attn_qkvpacked_func
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 import flash_attn.bert_padding

@@ -7,6 +7,7 @@ import torch
 from tiny_models import SIZES, configs
 
 import genai_perf.integrations.transformers  # noqa: F401  (registers the name)
+from genai_perf.integrations import attention
 
 GROUPED = {**SIZES, "num_key_value_heads": 2, "num_hidden_layers": 2}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -194,6 +195,13 @@ def test_generate(models, family, cache):
     want = eager.generate(**inputs, **options)
     assert torch.equal(ours.generate(**inputs, **options), want)
     assert len(set(want.flatten().tolist())) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt-oss"])
+def test_generate_by_decode_attention(models, family, monkeypatch):
+    monkeypatch.setattr(attention, "DECODE_FROM", 1)
+    for cache in (None, "static"):
+        test_generate(models, family, cache)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt-oss", "qwen3"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import masking_utils as hf
 
+from genai_perf.integrations import attention
 from genai_perf.integrations.attention import attend
 from genai_perf.integrations.masks import RuleMask, mask, recognise
 
@@ -51,6 +52,20 @@ def states(q_length: int, kv_length: int) -> list[torch.Tensor]:
 def run(q, k, v, attention_mask, **options):
     out = attend(MODULE, q, k, v, attention_mask, **options)[0]
     return out if attention_mask is None else out.detach()
+
+
+@pytest.mark.parametrize("pad", [None, "left", "right", "holes", "empty"])
+@pytest.mark.parametrize("lengths", ["token", "static token"])
+@pytest.mark.parametrize("window", ["causal", "window"])
+def test_a_token_decoded(window, lengths, pad, monkeypatch):
+    """By decode_attention, which small caches do not pay for."""
+    called, plain = [], attention.decode_attention
+    monkeypatch.setattr(attention, "DECODE_FROM", 1)
+    monkeypatch.setattr(
+        attention, "decode_attention", lambda *a, **k: called.append(k) or plain(*a, **k)
+    )
+    test_rule_is_its_matrix(window, lengths, pad)
+    assert bool(called) == (pad in (None, "left"))
 
 
 @pytest.mark.parametrize("pad", [None, "left", "right", "holes", "empty"])
