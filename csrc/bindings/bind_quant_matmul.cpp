@@ -51,6 +51,14 @@ void forward(const gp::QuantWeight& w, int64_t m, Address x, Address y, int dtyp
   run(GP_KERNEL(quant_matmul_forward), args);
 }
 
+void forward_int8(const gp::QuantWeight& w, int64_t m, Address x, Address y, int dtype, Address bias,
+                  int bias_dtype, int threads) {
+  gp::QuantMatmulArgs args = make_args(w, m, x, y, dtype, threads);
+  args.bias = as_pointer<const void>(bias);
+  args.bias_dtype = static_cast<gp::DType>(bias_dtype);
+  run(GP_KERNEL(quant_matmul_int8), args);
+}
+
 void backward(const gp::QuantWeight& w, int64_t m, Address dy, Address dx, int dtype, int threads) {
   run(GP_KERNEL(quant_matmul_backward), make_args(w, m, dy, dx, dtype, threads));
 }
@@ -63,6 +71,8 @@ void bind_quant_matmul(py::module_& m) {
            py::arg("scale"), py::arg("scale_dtype"), py::arg("zero_point"), py::arg("nested_scale"),
            py::arg("dynamic_map"), py::arg("scale_offset"), py::arg("group_size"))
       .def("forward", &forward, py::arg("m"), py::arg("x"), py::arg("y"), py::arg("dtype"),
+           py::arg("bias"), py::arg("bias_dtype"), py::arg("threads"))
+      .def("forward_int8", &forward_int8, py::arg("m"), py::arg("x"), py::arg("y"), py::arg("dtype"),
            py::arg("bias"), py::arg("bias_dtype"), py::arg("threads"))
       .def("backward", &backward, py::arg("m"), py::arg("dy"), py::arg("dx"), py::arg("dtype"),
            py::arg("threads"));

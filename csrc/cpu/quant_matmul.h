@@ -39,9 +39,15 @@ struct QuantMatmulArgs {
 // At most this many rows of x go through the kernels that never write dequantized weights.
 constexpr int64_t QUANT_MATMUL_FEW_ROWS = 8;
 
+// So many products of an int8 (at least -128) and a code of x (127 at most) stay within 32 bits.
+constexpr int64_t QUANT_MATMUL_INT8_COLUMNS = 131072;
+
 // All return false when scratch memory is not to be had. Results do not depend on `threads`.
 GP_DECLARE_KERNEL(bool, quant_matmul_forward, const QuantMatmulArgs&)
 GP_DECLARE_KERNEL(bool, quant_matmul_backward, const QuantMatmulArgs&)
+// Forward with x rounded to int8, a scale for each row, and exact sums; w is int8, k at most
+// QUANT_MATMUL_INT8_COLUMNS.
+GP_DECLARE_KERNEL(bool, quant_matmul_int8, const QuantMatmulArgs&)
 // What quant_matmul_forward chooses from.
 GP_DECLARE_KERNEL(bool, quant_matmul_few_4bit, const QuantMatmulArgs&)
 GP_DECLARE_KERNEL(bool, quant_matmul_few_8bit, const QuantMatmulArgs&)

@@ -17,7 +17,10 @@ _ELSEWHERE = object()
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """A format and its options, as the keywords of `genai_perf.quantize`."""
+    """A format and its options, as the keywords of `genai_perf.quantize`.
+
+    activations: "int8" to round those of each token too, before they meet int8 weights.
+    """
 
     format: str
     group_size: int | None = None
@@ -25,15 +28,20 @@ class QuantConfig:
     symmetric: bool = True
     granularity: str | None = None
     scale_dtype: torch.dtype | None = None
+    activations: str | None = None
 
     def __post_init__(self):
         get(self.format).spec(**self._options())
+        if self.activations is not None and (self.activations, self.format) != ("int8", "int8"):
+            fail("QuantConfig", "activations", "None, or 'int8' with the format int8",
+                 f"{self.activations!r} with {self.format}")  # fmt: skip
 
     def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
         return quantize(weight, self.format, **self._options())
 
     def _options(self) -> dict:
-        return {name: value for name, value in asdict(self).items() if name != "format"}
+        mine = ("format", "activations")
+        return {name: value for name, value in asdict(self).items() if name not in mine}
 
     @classmethod
     def of(cls, config: "str | QuantConfig") -> "QuantConfig":
@@ -142,18 +150,20 @@ class QuantLinear(nn.Module):
         in_features, out_features: K and N.
         qweight: quantized weight of shape (N, K).
         bias: (N) or None; a Parameter is kept as it is.
-        backend: of `quant_matmul`; None: the best that runs.
+        activations, backend: of `quant_matmul`; backend None: the best that runs.
     """
 
     def __init__(self, in_features: int, out_features: int, qweight: QuantizedTensor,
-                 bias: torch.Tensor | None = None, *, backend: str | None = None):  # fmt: skip
+                 bias: torch.Tensor | None = None, *, activations: str | None = None,
+                 backend: str | None = None):  # fmt: skip
         super().__init__()
         if tuple(qweight.shape) != (out_features, in_features):
             fail("QuantLinear", "qweight", f"of shape {(out_features, in_features)}",
                  f"shape {tuple(qweight.shape)}")  # fmt: skip
         if bias is not None and tuple(bias.shape) != (out_features,):
             fail("QuantLinear", "bias", f"of shape {(out_features,)}", f"shape {tuple(bias.shape)}")
-        self.in_features, self.out_features, self.backend = in_features, out_features, backend
+        self.in_features, self.out_features = in_features, out_features
+        self.activations, self.backend = activations, backend
         self.weight = QuantizedWeight(qweight)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
@@ -174,19 +184,23 @@ class QuantLinear(nn.Module):
         if weight is None:
             fail("QuantLinear", "linear", "an nn.Linear or a Conv1D", type(linear).__name__)
         n, k = weight.shape
-        return cls(k, n, QuantConfig.of(config).quantize(weight), linear.bias)
+        config = QuantConfig.of(config)
+        qweight = config.quantize(weight)
+        return cls(k, n, qweight, linear.bias, activations=config.activations)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Past nn.Module's own look-up of attributes, 1 us a call.
         bias = self._parameters.get("bias", _ELSEWHERE)
         if bias is _ELSEWHERE:
             bias = self.bias  # parametrized
-        return quant_matmul(x, self._modules["weight"].tensor(), bias, backend=self.backend)
+        return quant_matmul(x, self._modules["weight"].tensor(), bias,
+                            activations=self.activations, backend=self.backend)  # fmt: skip
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}"
+            + (f", activations={self.activations}" if self.activations else "")
         )
 
 

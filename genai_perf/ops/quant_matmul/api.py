@@ -40,6 +40,16 @@ QUANT_MATMUL_BACKWARD = Op(
     backends=("nki", "native", "reference"),
     entry="backward",
 )
+QUANT_MATMUL_INT8 = Op(
+    __package__,
+    "quant_matmul_int8",
+    "(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, *, str? backend=None) -> Tensor",
+    fake=lambda x, qdata, scale, bias, *, backend=None: x.new_empty(
+        (*x.shape[:-1], qdata.shape[0])
+    ),
+    backends=("native", "reference"),
+    entry="int8",
+)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
@@ -59,7 +69,25 @@ def _backward(ctx, dy):
     return dx, None, None, None, None, None, dbias, None, None, None
 
 
+def _setup_int8(ctx, inputs, keyword_only_inputs, output):
+    x, qdata, scale, bias = inputs
+    weight = (qdata, scale, None, None, None)
+    _setup_context(ctx, (x, *weight, bias, "int8", -1, None), keyword_only_inputs, output)
+
+
+def _backward_int8(ctx, dy):
+    """Straight through the rounding of x."""
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = QUANT_MATMUL_BACKWARD(dy, *ctx.saved_tensors, ctx.format, ctx.group_size, ctx.k,
+                                   backend=ctx.backend)  # fmt: skip
+    if ctx.needs_input_grad[3]:
+        dbias = dy.reshape(-1, dy.shape[-1]).float().sum(0).to(ctx.bias_dtype)
+    return dx, None, None, dbias
+
+
 QUANT_MATMUL.register_autograd(_backward, setup_context=_setup_context)
+QUANT_MATMUL_INT8.register_autograd(_backward_int8, setup_context=_setup_int8)
 
 
 def _check(x, qweight, bias) -> None:
@@ -90,16 +118,23 @@ def _check(x, qweight, bias) -> None:
 
 
 def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor | None = None,
-                 *, backend: str | None = None) -> torch.Tensor:  # fmt: skip
+                 *, activations: str | None = None,
+                 backend: str | None = None) -> torch.Tensor:  # fmt: skip
     """x @ dequant(W)^T + bias without ever holding the dequantized W.
 
     y[..., n] = sum_k x[..., k] * W[n, k] + bias[n], products and sums in fp32, rounded once.
     The weight gets no gradient; x and bias do.
 
+    With activations="int8" each row of x is rounded to int8 by its largest magnitude, as the format
+    int8 has it, and y[..., n] = float(sum_k q[..., k] * qdata[n, k]) * scale[n] * scale[...],
+    plus bias[n]; the sum is exact in int32, so that every backend and instruction set gives the same
+    bits. A row of x with an infinity or NaN gives NaN. The gradient for x goes straight through.
+
     Args:
         x: (..., K), fp32, bf16 or fp16.
         qweight: W of shape (N, K), in any format of `genai_perf.formats`.
         bias: (N), fp32, bf16 or fp16, or None.
+        activations: None: as they are; or "int8", for a weight in int8 with K at most 131072.
         backend: "native" or "reference"; None takes the first that can run the call.
 
     Returns:
@@ -107,16 +142,23 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
         alone or among up to 8 rows, or among any number above 8.
 
     Raises:
-        ValueError: a shape, dtype, device or format does not fit.
+        ValueError: a shape, dtype, device or format does not fit, or `activations` does not.
         BackendUnsupported: the named backend cannot run this call.
 
-    Source: QLoRA, arXiv:2305.14314, section 3 (a product over stored 4-bit weights).
+    Source: QLoRA, arXiv:2305.14314, section 3 (a product over stored 4-bit weights); LLM.int8(),
+    arXiv:2208.07339, section 2 (rows of x and W in int8).
     """
     if backend is None and _DIRECT and unwatched() and isinstance(qweight, QuantizedTensor):
-        y = native.direct(x, qweight, bias)
+        y = native.direct(x, qweight, bias, activations)
         if y is not None:
             return y
     _check(x, qweight, bias)
+    if activations is not None:
+        check_choice("quant_matmul", "activations", activations, ("int8",))
+        if qweight.format != "int8" or x.shape[-1] > native.INT8_COLUMNS:
+            fail("quant_matmul", "qweight", "int8 of at most 131072 columns for int8 activations",
+                 f"{qweight.format} of shape {tuple(qweight.shape)}")  # fmt: skip
+        return QUANT_MATMUL_INT8(x, qweight.qdata, qweight.scale, bias, backend=backend)
     # fp8 codes pass as bytes: torch cannot compare fp8 tensors, which opcheck does.
     codes = qweight.qdata.view(torch.uint8) if qweight.qdata.is_floating_point() else qweight.qdata
     return QUANT_MATMUL(x, codes, qweight.scale, qweight.zero_point, qweight.nested_scale,

@@ -10,6 +10,7 @@ from ...formats.dynamic_map import dynamic_map
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 # csrc/cpu/quant_matmul.h holds the same numbers.
+INT8_COLUMNS = 131072  # as many products of two int8 stay within int32
 FORMAT_CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2, "nf4": 3, "int4": 4}
 
 
@@ -33,7 +34,16 @@ def backward(dy, qdata, scale, zero_point, nested_scale, scale_offset, format, g
     return Packed(format, dy.shape[-1], k, weight, group_size).backward(dy)
 
 
-def direct(x, qweight, bias) -> torch.Tensor | None:
+def why_not_int8(x, qdata, scale, bias) -> str | None:
+    return native.why_not(x, qdata, scale, bias)
+
+
+def int8(x, qdata, scale, bias):
+    weight = (qdata, scale, None, None, None)
+    return Packed("int8", *qdata.shape, weight, -1).forward(x, bias, int8=True)
+
+
+def direct(x, qweight, bias, activations) -> torch.Tensor | None:
     """`forward` with what the last call kept in `qweight.packed`, without the op around it.
 
     None unless everything fits and no gradient is wanted: the long way says why, or records.
@@ -43,9 +53,12 @@ def direct(x, qweight, bias) -> torch.Tensor | None:
         packed = qweight.packed = _packed(qweight)
     fits = (
         packed is not None and _is_input(x) and x.dim() and x.shape[-1] == packed.k
+        and not (activations and packed.k > INT8_COLUMNS)
         and (bias is None or (_is_input(bias) and bias.shape == (packed.n,)))
     )  # fmt: skip
-    return packed.forward(x, bias) if fits else None
+    if not fits or (activations and not (activations == "int8" == packed.format)):
+        return None
+    return packed.forward(x, bias, int8=activations is not None)
 
 
 def _is_input(tensor) -> bool:
@@ -109,7 +122,7 @@ class Packed:
             and q.format == self.format
         )
 
-    def forward(self, x, bias):
+    def forward(self, x, bias, *, int8=False):
         y = x.new_empty(*x.shape[:-1], self.n)
         rows = y.numel() // self.n if self.n else 0
         if rows == 0:
@@ -121,8 +134,9 @@ class Packed:
         if bias is not None:
             bias = bias.contiguous()
             address, dtype = bias.data_ptr(), native.DTYPE_CODES[bias.dtype]
-        self.weight.forward(rows, x.data_ptr(), y.data_ptr(), native.DTYPE_CODES[x.dtype],
-                            address, dtype, native.threads())  # fmt: skip
+        run = self.weight.forward_int8 if int8 else self.weight.forward
+        run(rows, x.data_ptr(), y.data_ptr(), native.DTYPE_CODES[x.dtype], address, dtype,
+            native.threads())  # fmt: skip
         return y
 
     def backward(self, dy):

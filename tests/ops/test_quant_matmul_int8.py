@@ -1,0 +1,152 @@
+"""quant_matmul with int8 activations: exact sums, so every comparison is one of bits."""
+
+import pytest
+import torch
+
+import genai_perf as gp
+from genai_perf.nn import QuantConfig, QuantLinear, quantize_model
+from genai_perf.testing.numerics import assert_close_to_oracle
+
+_C = pytest.importorskip("genai_perf._C", reason="the native extension is not built")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512"])
+def isa(request):
+    try:
+        _C.force_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    _C.force_isa(_C.best_isa())
+
+
+def make(m, n, k, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator) * torch.logspace(-3, 3, m)[:, None]
+    weight = gp.quantize(torch.randn(n, k, generator=generator), "int8")
+    return x.to(dtype), weight, torch.randn(n, generator=generator)
+
+
+def oracle(x, weight, bias):
+    """In float64 from the definition; only the last step knows fp32."""
+    x = x.double()
+    absmax = x.abs().amax(-1, keepdim=True)
+    q = (x.float() * (absmax.float().reciprocal() * 127)).round().double()
+    assert q.abs().max() == 127
+    sums = q @ weight.qdata.double().T
+    return sums * weight.scale.double().T * (absmax / 127) + bias.double()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (43, 172), (70, 64), (130, 300), (33, 1100)])
+def test_same_bits_as_the_reference(isa, shape, dtype):
+    for m in (1, 2, 3, 4, 7, 16, 17, 29, 64):
+        x, weight, bias = make(m, *shape, dtype)
+        weight.qdata[0, 0] = -128  # not ours, but a checkpoint may hold it
+        for b in (bias.to(dtype), None):
+            got, want = (
+                gp.quant_matmul(x, weight, b, activations="int8", backend=backend)
+                for backend in ("native", "reference")
+            )
+            assert got.dtype == dtype and torch.equal(got, want)
+
+
+def test_reference_against_the_definition():
+    for m, n, k in ((5, 43, 172), (2, 3, 4096)):
+        x, weight, bias = make(m, n, k)
+        got = gp.quant_matmul(x, weight, bias, activations="int8", backend="reference")
+        ref64 = oracle(x, weight, bias)
+        assert_close_to_oracle(got, ref64, ref64.float())
+
+
+def test_largest_sums_are_exact(isa):
+    """Every product at its largest, up to the last column that is allowed; one more is refused."""
+    k = 131072
+    x = torch.ones(17, k)
+    for code in (127, -127, -128):
+        weight = gp.quantize(torch.ones(2, k), "int8")
+        weight.qdata.fill_(code)
+        for rows in (1, 17):
+            got = gp.quant_matmul(x[:rows], weight, activations="int8", backend="native")
+            sums = torch.full((rows, 2), 127.0 * code * k, dtype=torch.float64).float()
+            assert torch.equal(got, sums * weight.scale.T * (torch.ones(()) / 127))
+    with pytest.raises(ValueError, match="at most 131072 columns for int8 activations"):
+        gp.quant_matmul(torch.ones(1, k + 1), gp.quantize(torch.ones(1, k + 1), "int8"),
+                        activations="int8")  # fmt: skip
+
+
+def test_rows_of_zeros_tiny_and_not_finite(isa):
+    x, weight, bias = make(6, 43, 172)
+    x[0], x[1], x[2, 5], x[3, 171] = 0, x[1] * 1e-42, torch.nan, -torch.inf
+    for rows in (x, x.repeat(4, 1)):
+        got = gp.quant_matmul(rows, weight, bias, activations="int8", backend="native")
+        want = gp.quant_matmul(rows, weight, bias, activations="int8", backend="reference")
+        assert torch.equal(got.nan_to_num(7e9), want.nan_to_num(7e9))
+        assert torch.equal(got[0], bias) and got[2:4].isnan().all()
+        assert got[[0, 1, 4, 5]].isfinite().all()
+    empty = gp.quant_matmul(x[:0], weight, bias, activations="int8")
+    assert empty.shape == (0, 43)
+
+
+def test_any_threads_any_strides_any_neighbours():
+    x, weight, bias = make(40, 600, 640)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = gp.quant_matmul(x, weight, bias, activations="int8")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(gp.quant_matmul(x, weight, bias, activations="int8"), want)
+    assert torch.equal(gp.quant_matmul(x[7], weight, bias, activations="int8"), want[7])
+    spread = x.view(5, 8, 640).transpose(0, 1)
+    got = gp.quant_matmul(spread, weight, bias, activations="int8")
+    assert torch.equal(got, want.view(5, 8, 600).transpose(0, 1))
+
+
+def test_gradients_go_straight_through():
+    x, weight, bias = make(6, 43, 172)
+    x, bias = x.view(2, 3, 172).requires_grad_(), bias.requires_grad_()
+    dy = torch.randn(2, 3, 43, generator=torch.Generator().manual_seed(1))
+    y = gp.quant_matmul(x, weight, bias, activations="int8")
+    dx, dbias = torch.autograd.grad(y, (x, bias), dy)
+    dense = weight.dequantize(torch.float32)
+    assert_close_to_oracle(dx, dy.double() @ dense.double(), dy @ dense, factor=3)
+    assert_close_to_oracle(dbias, dy.double().sum((0, 1)), dy.sum((0, 1)), factor=3)
+
+
+def test_operator_contract():
+    x, weight, bias = make(3, 43, 172)
+    torch.library.opcheck(
+        torch.ops.genai_perf.quant_matmul_int8.default,
+        (x.requires_grad_(), weight.qdata, weight.scale, bias.requires_grad_()),
+    )
+    compiled = torch.compile(
+        lambda x: gp.quant_matmul(x, weight, bias, activations="int8"),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    assert torch.equal(compiled(x), gp.quant_matmul(x, weight, bias, activations="int8"))
+    told = gp.explain(gp.quant_matmul, x, weight, activations="int8")
+    assert told.op == "quant_matmul_int8" and told.backend == "native"
+
+
+def test_layers_and_models():
+    linear = torch.nn.Linear(64, 48)
+    layer = QuantLinear.from_float(linear, QuantConfig("int8", activations="int8"))
+    x = torch.randn(5, 64)
+    want = gp.quant_matmul(x, layer.weight.tensor(), linear.bias, activations="int8")
+    assert torch.equal(layer(x), want) and "activations=int8" in repr(layer)
+    assert not torch.equal(layer(x), QuantLinear.from_float(linear, "int8")(x))
+    model = quantize_model(torch.nn.Sequential(linear), QuantConfig("int8", activations="int8"))
+    assert torch.equal(model(x), want)
+
+
+def test_bad_choices_are_named():
+    x, weight, _ = make(2, 43, 172)
+    with pytest.raises(ValueError, match="activations must be one of 'int8', got 'int4'"):
+        gp.quant_matmul(x, weight, activations="int4")
+    other = gp.quantize(torch.ones(43, 172), "nf4")
+    with pytest.raises(ValueError, match=r"qweight must be int8 .*, got nf4 of shape \(43, 172\)"):
+        gp.quant_matmul(x, other, activations="int8")
+    with pytest.raises(ValueError, match="activations must be None, or 'int8' with"):
+        QuantConfig("nf4", activations="int8")
