@@ -1,4 +1,4 @@
-"""gp.quant_matmul: its checks, its two ops (forward, gradient for x) and their autograd."""
+"""gp.quant_matmul: its checks, its three ops (forward, the same in int8, gradient) and autograd."""
 
 import torch
 
@@ -127,8 +127,8 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
 
     With activations="int8" each row of x is rounded to int8 by its largest magnitude, as the format
     int8 has it, and y[..., n] = float(sum_k q[..., k] * qdata[n, k]) * scale[n] * scale[...],
-    plus bias[n]; the sum is exact in int32, so that every backend and instruction set gives the same
-    bits. A row of x with an infinity or NaN gives NaN. The gradient for x goes straight through.
+    plus bias[n]; the sum is exact in int32, so that every backend and instruction set gives the
+    same bits. A row of x with an infinity or NaN gives NaN; the gradient passes straight through.
 
     Args:
         x: (..., K), fp32, bf16 or fp16.
