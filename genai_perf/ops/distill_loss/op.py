@@ -3,7 +3,7 @@
 from ..._dispatch import Op
 from .options import SCHEMA, accumulation_dtype
 
-BACKENDS = ("triton", "native", "reference")
+BACKENDS = ("triton", "nki", "native", "reference")
 _ROWS = "Tensor? teacher_logits, Tensor? ids, Tensor? logprobs, Tensor? labels, Tensor weights"
 
 
