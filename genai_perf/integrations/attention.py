@@ -156,13 +156,13 @@ def _by_rule(rules: RuleMask, q, k, v, bias, options: dict):
             return _decode(q, k, v, options, window)
         return attention(q, k, v, window_size=window, attn_bias=bias, **options)
     seen_k, seen_v = k[:, :end], v[:, :end]
+    picks = rules.keys is not None or rule.sequences is not None
     if bias is None and q.shape[1] == 1:  # packing would copy the whole cache for one query
         padded = rules.keys is not None and rules.aligned and _is_decoding(q, seen_k, options)
         if padded and rules.left_padding is not None:
             return _decode(q, seen_k, seen_v, options, window, rules.left_padding)
-    elif bias is None and (rules.keys is not None or rule.sequences is not None):
-        if rules.packing is not None:
-            return _packed(rules.packing, q, seen_k, seen_v, None, window, options)
+    elif bias is None and picks and rules.packing is not None:
+        return _packed(rules.packing, q, seen_k, seen_v, None, window, options)
     return attention(q, k, v, attn_bias=_joined(bias, rules.dense), **options)
 
 
