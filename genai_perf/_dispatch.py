@@ -162,7 +162,8 @@ def _unasked(backend: str, args: tuple) -> str | None:
     """Why a backend that could run is not chosen by itself, or None."""
     if backend != "nki":
         return None
-    if all(a.device.type == "cpu" for a in args if isinstance(a, torch.Tensor)):
+    first = next((a for a in args if isinstance(a, torch.Tensor)), None)
+    if first is None or first.device.type == "cpu":
         return "nki runs on the CPU, in an interpreter or simulator, only where it is named"
     return None
 

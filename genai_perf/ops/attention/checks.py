@@ -83,6 +83,8 @@ def max_seqlen(value, rows, packed: bool, name: str) -> int:
 
 def window(window_size) -> tuple[int, int]:
     """(left, right) with None made -1."""
+    if window_size == (None, None):
+        return -1, -1
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         fail(OP, "window_size", "a pair (left, right)", repr(window_size))
     for side in window_size:
