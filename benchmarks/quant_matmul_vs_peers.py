@@ -31,6 +31,7 @@ from genai_perf.bench.timer import compare, interleave
 
 OPTIONAL = ("onnxruntime", "torchao")
 READING = "torch.sum of 64 MiB"
+INT8 = "ours int8, int8 x"
 OURS = {
     "nf4": ("nf4", {}),
     "nf4 double": ("nf4", {"double_quant": True}),
@@ -125,6 +126,9 @@ def variants(n: int, k: int, rows: int, dtype: torch.dtype, copies: int) -> tupl
         weights = [gp.quantize(w, fmt, **options) for w in dense]
         calls[f"ours {name}"] = rotating(weights, lambda w: gp.quant_matmul(x, w))
         size[f"ours {name}"] = weights[0].nbytes
+        if fmt == "int8":
+            calls[INT8] = rotating(weights, lambda w: gp.quant_matmul(x, w, activations="int8"))
+            size[INT8] = weights[0].nbytes
         if name == "int4 g128" and has("onnxruntime", "onnx"):
             calls["onnxruntime int4 g128, int8 x"] = rotating(
                 onnx_layers(weights, rows, x), lambda call: call()

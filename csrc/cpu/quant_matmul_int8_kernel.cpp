@@ -253,6 +253,8 @@ GP_DOT void tile(int64_t units, const int32_t* x, int64_t x_stride, const int32_
       const __m512i xv = _mm512_set1_epi32(x[m * x_stride + u]);
       acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], xv, w0);
       acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], xv, w1);
+      // GCC would store each sum at every step.
+      asm volatile("" : "+v"(acc[m][0]), "+v"(acc[m][1]));
     }
   }
   GP_UNROLL
@@ -261,7 +263,7 @@ GP_DOT void tile(int64_t units, const int32_t* x, int64_t x_stride, const int32_
 }
 #else
 template <int M>
-void tile(int64_t units, const int32_t* x, int64_t x_stride, const int32_t* panel, int32_t* c,
+__attribute__((noinline)) void tile(int64_t units, const int32_t* x, int64_t x_stride, const int32_t* panel, int32_t* c,
           bool add) {
   const auto at = [](int32_t* p) { return reinterpret_cast<__m256i*>(p); };
   __m256i acc[M][2];
@@ -277,6 +279,8 @@ void tile(int64_t units, const int32_t* x, int64_t x_stride, const int32_t* pane
       const __m256i xv = _mm256_set1_epi32(x[m * x_stride + u]);
       acc[m][0] = _mm256_add_epi32(acc[m][0], _mm256_madd_epi16(xv, w0));
       acc[m][1] = _mm256_add_epi32(acc[m][1], _mm256_madd_epi16(xv, w1));
+      // GCC would take all products first, which leaves it no registers.
+      asm volatile("" : "+x"(acc[m][0]), "+x"(acc[m][1]));
     }
   }
   GP_UNROLL
@@ -302,38 +306,46 @@ bool many(const QuantMatmulArgs& a, const Codes& x) {
   const int64_t n = a.w.n, units = x.stride / PER_UNIT;  // the stride is a multiple of 8 units
   const int64_t chunk = a.m < M_CHUNK ? a.m : M_CHUNK, extra = PER_UNIT == 4 ? 1 : 0;
   const int64_t threads = a.threads;
-  Scratch xu((chunk + extra) * units * 4), panels(threads * UNITS * NT * 4);
+  // Rows of x whole pages apart would all use one set of the first-level cache.
+  const int64_t stride = units + 16;
+  Scratch xu((chunk + extra) * stride * 4), panels(threads * UNITS * NT * 4);
   Scratch sums(threads * (chunk + extra) * NT * 4);
   if (!xu.ok() || !panels.ok() || !sums.ok()) return false;
   for (int64_t m0 = 0; m0 < a.m; m0 += M_CHUNK) {
     const int64_t mm = a.m - m0 < M_CHUNK ? a.m - m0 : M_CHUNK, rows = mm + extra;
     int32_t* first = xu.as<int32_t>();
     for (int64_t m = 0; m < mm; ++m)
-      to_units(x.codes.as<int8_t>() + (m0 + m) * x.stride, units, first + m * units);
-    if (extra) std::memset(first + mm * units, 1, size_t(units) * 4);
+      to_units(x.codes.as<int8_t>() + (m0 + m) * x.stride, units, first + m * stride);
+    if (extra) std::memset(first + mm * stride, 1, size_t(units) * 4);
     parallel_for((n + NT - 1) / NT, a.threads, [&](int64_t item, int thread) {
       const KeepSubnormals keep;
       int32_t* panel = panels.as<int32_t>() + thread * UNITS * NT;
       int32_t* c = sums.as<int32_t>() + thread * (chunk + extra) * NT;
       const int64_t n0 = item * NT, nn = n - n0 < NT ? n - n0 : NT;
       for (int64_t u0 = 0; u0 < units; u0 += UNITS) {
+        const int64_t next = (u0 + UNITS) * PER_UNIT;  // W, one panel ahead
+        for (int64_t r = 0; r < nn && next < a.w.k; ++r)
+          for (int64_t i = 0; i < UNITS * PER_UNIT; i += 64)
+            __builtin_prefetch(a.w.qdata + (n0 + r) * a.w.k + next + i, 0, 2);
         const int64_t uu = units - u0 < UNITS ? units - u0 : UNITS;
         pack_panel(a.w, n0, u0 * PER_UNIT, uu, panel);
         int64_t m = 0;
         for (; m + MT <= rows; m += MT)
-          tile<MT>(uu, first + m * units + u0, units, panel, c + m * NT, u0 > 0);
+          tile<MT>(uu, first + m * stride + u0, stride, panel, c + m * NT, u0 > 0);
         for (; m + 3 <= rows; m += 3)
-          tile<3>(uu, first + m * units + u0, units, panel, c + m * NT, u0 > 0);
-        for (; m < rows; ++m) tile<1>(uu, first + m * units + u0, units, panel, c + m * NT, u0 > 0);
+          tile<3>(uu, first + m * stride + u0, stride, panel, c + m * NT, u0 > 0);
+        for (; m + 2 <= rows; m += 2)
+          tile<2>(uu, first + m * stride + u0, stride, panel, c + m * NT, u0 > 0);
+        for (; m < rows; ++m) tile<1>(uu, first + m * stride + u0, stride, panel, c + m * NT, u0 > 0);
       }
-      float bias[NT] = {}, y[NT];
+      float bias[NT] = {}, w_scale[NT] = {}, y[NT];
+      for (int64_t r = 0; r < nn; ++r) w_scale[r] = load_one(a.w.scale, n0 + r, a.w.scale_dtype);
       for (int64_t r = 0; r < nn && a.bias; ++r) bias[r] = load_one(a.bias, n0 + r, a.bias_dtype);
       for (int64_t m = 0; m < mm; ++m) {
         const float x_scale = x.scales.as<float>()[m0 + m];
-        for (int64_t r = 0; r < nn; ++r) {
-          const int32_t sum = extra ? less128(c[m * NT + r], c[mm * NT + r]) : c[m * NT + r];
-          y[r] = finish(a, sum, n0 + r, x_scale, bias[r]);
-        }
+        const int32_t *sum = c + m * NT, *ones = c + mm * NT;
+        for (int64_t r = 0; r < NT; ++r)
+          y[r] = float(extra ? less128(sum[r], ones[r]) : sum[r]) * w_scale[r] * x_scale + bias[r];
         store_row(offset(a.y, (m0 + m) * n + n0, a.dtype), y, nn, a.dtype);
       }
     });
