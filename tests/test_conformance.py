@@ -75,12 +75,24 @@ def _distill_loss(case, backend):
     return leaves | {"labels": labels}, call
 
 
+def _sparse_matmul(case, backend):
+    x, weight, bias = import_module("genai_perf.ops.sparse_matmul.cases").make_inputs(case)
+    x.requires_grad_()
+
+    def call():
+        y = gp.sparse_matmul(x, weight, bias, backend=backend)
+        return {"y": y, "dx": torch.autograd.grad(y.float().sum(), x)[0]}
+
+    return {"x": x, **weight.components()}, call
+
+
 ADAPTERS = {
     "attention": _attention,
     "decode_attention": _decode_attention,
     "quantize": _quantize,
     "quant_matmul": _quant_matmul,
     "distill_loss": _distill_loss,
+    "sparse_matmul": _sparse_matmul,
 }
 
 

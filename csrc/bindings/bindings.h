@@ -19,3 +19,5 @@ void bind_attention(py::module_& m);
 void bind_decode_attention(py::module_& m);
 void bind_quant_matmul(py::module_& m);
 void bind_distill_loss(py::module_& m);
+void bind_sparse_matmul(py::module_& m);
+void bind_sparsegpt(py::module_& m);

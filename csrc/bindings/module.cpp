@@ -30,4 +30,6 @@ PYBIND11_MODULE(_C, m) {
   bind_quantize(m);
   bind_quant_matmul(m);
   bind_distill_loss(m);
+  bind_sparse_matmul(m);
+  bind_sparsegpt(m);
 }

@@ -1,10 +1,14 @@
-"""The sweep that SparseGPT and GPTQ share: change one input column, compensate in the rest."""
+"""The sweep that SparseGPT and GPTQ share: change one input column, compensate in the rest.
+
+In fp32 on a CPU and without a grid it is one native kernel a block; else torch, column by column.
+"""
 
 import math
 from typing import Protocol
 
 import torch
 
+from .._backends import native
 from .hessian import full_precision
 from .masks import Sparsity
 
@@ -67,6 +71,8 @@ def sweep(
     pruned = torch.zeros_like(work, dtype=torch.bool)
     if zero is not None:
         pruned |= zero.T
+    if grid is None and work.dtype == torch.float32 and native.why_not(work, upper) is None:
+        return _native_sweep(work, upper.contiguous(), block_size, sparsity, pruned)
     step = sparsity.group or block_size if sparsity else block_size
     tile = _tile(math.lcm(sparsity.group or 1 if sparsity else 1, grid.refit if grid else 1))
     for start in range(0, columns, block_size):
@@ -88,6 +94,33 @@ def sweep(
                 block[i + 1 : last].addr_(factor[i, i + 1 : last], errors[i], alpha=-1)
             _carry(block[last:], factor[first:last, last:], errors[first:last])
         stop = start + len(block)
+        _carry(work[stop:], upper[start:stop, stop:], errors)
+    return work.T.contiguous(), pruned.T.contiguous()
+
+
+def _native_sweep(
+    work: torch.Tensor,
+    upper: torch.Tensor,
+    block_size: int,
+    sparsity: Sparsity | None,
+    pruned: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with one kernel a block (csrc/cpu/sparsegpt_kernel.cpp), rows in parallel."""
+    rows, columns = work.shape[1], len(upper)
+    mask = pruned.view(torch.uint8)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        block, errors = work[start:stop], torch.empty_like(work[start:stop])
+        zeros, group, count = 0, 0, -1
+        if sparsity and sparsity.group:
+            zeros, group = sparsity.zeros, sparsity.group
+        elif sparsity:
+            count = round(block.numel() * sparsity.fraction)
+        if rows:
+            native.lib().sparsegpt_block(
+                stop - start, rows, block.data_ptr(), mask[start].data_ptr(), errors.data_ptr(),
+                upper[start, start].data_ptr(), columns, zeros, group, count, native.threads(),
+            )  # fmt: skip
         _carry(work[stop:], upper[start:stop, stop:], errors)
     return work.T.contiguous(), pruned.T.contiguous()
 

@@ -8,10 +8,11 @@ from .fp8 import FP8, FP8_E5M2
 from .int4 import INT4
 from .int8 import INT8
 from .nf4 import FORMAT as NF4
+from .sparse_tensor import SparseTensor
 
 FORMATS = MappingProxyType({f.name: f for f in (INT8, FP8, FP8_E5M2, NF4, INT4)})
 
-__all__ = ["FORMATS", "Format", "QuantizedTensor", "Spec", "get"]
+__all__ = ["FORMATS", "Format", "QuantizedTensor", "SparseTensor", "Spec", "get"]
 
 
 def get(name: str) -> Format:

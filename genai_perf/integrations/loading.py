@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from .._errors import CheckpointError
-from ..formats import QuantizedTensor
+from ..formats import QuantizedTensor, SparseTensor
 from ..io.checkpoints import Checkpoint, check_finite
 from ..io.dialects import quantized_layers
-from ..nn import QuantLinear
+from ..io.sparse_file import read_sparse
+from ..nn import QuantLinear, SparseLinear
 from . import skeleton
 
 
@@ -21,7 +22,9 @@ def load_compressed(path: str | Path, *, dtype: torch.dtype | None = None,
     The packed weights go from the file into the modules as they are; no dense copy is made, when
     loading or when running. Reads compressed-tensors int4, int8 and fp8, GPTQ int4 and int8, and
     bitsandbytes nf4 and int8; activations stay in the model's dtype, also where the file asks for
-    8-bit ones. A dense folder becomes the model that `from_pretrained` gives.
+    8-bit ones. Where `genai_perf.pack_sparse` has left its side file, pruned linears are
+    `SparseLinear` and compute from their kept values. A dense folder becomes the model that
+    `from_pretrained` gives.
 
     Args:
         path: checkpoint folder.
@@ -37,16 +40,63 @@ def load_compressed(path: str | Path, *, dtype: torch.dtype | None = None,
     """
     checkpoint = Checkpoint(path)
     model = skeleton.build(checkpoint, dtype)
+    _place_sparse(checkpoint, model, backend)
     _place_quantized(checkpoint, model, backend)
     _load_rest(checkpoint, model, model.config.dtype)
     _load_generation_config(checkpoint.path, model)
     return model.requires_grad_(False)
 
 
+# Rows of an ordinary tensor that must agree with the side file.
+_COMPARED_ROWS = 16
+
+
+def _place_sparse(checkpoint: Checkpoint, model: nn.Module, backend: str | None) -> None:
+    """Puts a SparseLinear in the place of every linear that the side file holds."""
+    prefix = f"{model.base_model_prefix}."
+    layers = read_sparse(checkpoint.path)
+    quantized = quantized_layers(checkpoint) if layers else {}
+    for name, linear in list(model.named_modules()):
+        if skeleton.is_linear(linear):
+            spellings = (name, name.removeprefix(prefix), prefix + name)
+            stored = next((s for s in spellings if s in layers), None)
+            if stored is not None:
+                weight = layers.pop(stored)
+                _check_current(checkpoint, stored, weight, quantized, skeleton.is_conv1d(linear))
+                held = {key: tensor.clone() for key, tensor in weight.components().items()}
+                weight = replace(weight, dtype=model.config.dtype, **held)
+                if weight.values.is_floating_point():
+                    weight = replace(weight, values=weight.values.to(model.config.dtype))
+                model.set_submodule(name, SparseLinear(weight, linear.bias, backend=backend))
+    if layers:
+        raise CheckpointError(f"{checkpoint.path}: {next(iter(layers))!r} of the sparse side file "
+                              f"is no linear layer of {type(model).__name__}")  # fmt: skip
+
+
+def _check_current(checkpoint: Checkpoint, name: str, weight: SparseTensor, quantized: dict,
+                   transposed: bool) -> None:  # fmt: skip
+    """Refuses a side file whose weights are not those of the checkpoint it lies beside."""
+    if name in quantized:
+        dense = quantized[name].read(checkpoint, weight.dtype).dequantize()
+    else:
+        dense = checkpoint.tensor(f"{name}.weight")
+        dense = dense.T if transposed else dense
+    same = dense.shape == weight.shape
+    if same:
+        rows = torch.linspace(0, max(0, len(dense) - 1), min(len(dense), _COMPARED_ROWS)).long()
+        same = torch.equal(weight.to_dense()[rows], dense[rows].to(weight.dtype))
+    if not same:
+        raise CheckpointError(f"{checkpoint.path}: the sparse side file holds another {name} than "
+                              f"the checkpoint: run genai_perf.pack_sparse again")  # fmt: skip
+
+
 def _place_quantized(checkpoint: Checkpoint, model: nn.Module, backend: str | None) -> None:
     """Puts a QuantLinear in the place of every linear whose weight the checkpoint has quantized."""
     prefix = f"{model.base_model_prefix}."
     layers = quantized_layers(checkpoint)
+    placed = {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    spelt = {s for n in placed for s in (n, n.removeprefix(prefix), prefix + n)}
+    layers = {name: stored for name, stored in layers.items() if name not in spelt}
     for name, linear in list(model.named_modules()):
         if skeleton.is_linear(linear):
             spellings = (name, name.removeprefix(prefix), prefix + name)

@@ -4,6 +4,7 @@ from .linear import QuantConfig, QuantizedWeight, QuantLinear
 from .model import QuantizationRecord, quantize_model
 from .multihead import MultiheadAttention
 from .selfattention import GroupedQueryAttention
+from .sparse import SparseLinear
 
 __all__ = [
     "GroupedQueryAttention",
@@ -12,5 +13,6 @@ __all__ = [
     "QuantLinear",
     "QuantizationRecord",
     "QuantizedWeight",
+    "SparseLinear",
     "quantize_model",
 ]

@@ -1,0 +1,127 @@
+// Rows are independent inside a block, so each tile of rows goes through all its columns while it is
+// in the first-level cache, where torch would make a pass over all rows for each column.
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "cpu/sparsegpt.h"
+
+namespace gp {
+namespace GP_ISA {
+namespace {
+
+constexpr int LANES = 16;  // rows of a tile: whole vectors of any instruction set
+
+// What pruning costs, (w / d)^2, in an order of unsigned numbers; 0 for what is pruned already.
+inline uint32_t key_of(float w, float d, uint8_t pruned) {
+  const float ratio = w / d;
+  return pruned ? 0 : float_to_bits(ratio * ratio) + 1;
+}
+
+// The `count` smallest scores of the block get pruned, equal ones by row and then by column.
+bool prune_smallest(const SparseGptBlock& b) {
+  const int64_t total = b.columns * b.rows;
+  if (b.count <= 0) return true;
+  Scratch keys(total * 4), bins(65536 * 8);
+  if (!keys.ok() || !bins.ok()) return false;
+  uint32_t* key = keys.as<uint32_t>();
+  int64_t* bin = bins.as<int64_t>();
+  parallel_for(b.columns, b.threads, [&](int64_t c, int) {
+    const float d = b.factor[c * b.factor_stride + c];
+    for (int64_t i = c * b.rows; i < (c + 1) * b.rows; ++i)
+      key[i] = key_of(b.weight[i], d, b.pruned[i]);
+  });
+  // The key of rank `count`, upper half first.
+  uint32_t limit = 0;
+  int64_t below = 0;
+  for (int half = 0; half < 2; ++half) {
+    std::memset(bin, 0, 65536 * 8);
+    for (int64_t i = 0; i < total; ++i) {
+      if (half == 0) ++bin[key[i] >> 16];
+      else if (key[i] >> 16 == limit >> 16) ++bin[key[i] & 65535];
+    }
+    uint32_t at = 0;
+    while (below + bin[at] < b.count) below += bin[at++];
+    limit |= half == 0 ? at << 16 : at;
+  }
+  int64_t ties = bin[limit & 65535], wanted = b.count - below;
+  for (int64_t i = 0; i < total; ++i) b.pruned[i] |= key[i] < limit || (key[i] == limit && ties == wanted);
+  for (int64_t r = 0; r < b.rows && ties != wanted && wanted; ++r)
+    for (int64_t c = 0; c < b.columns && wanted; ++c)
+      if (key[c * b.rows + r] == limit) {
+        b.pruned[c * b.rows + r] = 1;
+        --wanted;
+      }
+  return true;
+}
+
+// n:m for LANES rows: of the `width` columns from w on, the `count` of least score go, equal ones by
+// column.
+void prune_group(const SparseGptBlock& b, int64_t c0, int64_t width, int64_t count, const float* w,
+                 uint8_t* pruned, float* scores) {
+  for (int64_t i = 0; i < width; ++i) {
+    const float d = b.factor[(c0 + i) * b.factor_stride + c0 + i];
+    for (int l = 0; l < LANES; ++l) {
+      const float ratio = w[i * LANES + l] / d;
+      scores[i * LANES + l] = pruned[i * LANES + l] ? -1.0f : ratio * ratio;
+    }
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    int rank[LANES] = {};
+    for (int64_t j = 0; j < i; ++j)
+      for (int l = 0; l < LANES; ++l) rank[l] += scores[j * LANES + l] <= scores[i * LANES + l];
+    for (int64_t j = i + 1; j < width; ++j)
+      for (int l = 0; l < LANES; ++l) rank[l] += scores[j * LANES + l] < scores[i * LANES + l];
+    for (int l = 0; l < LANES; ++l) pruned[i * LANES + l] |= rank[l] < count;
+  }
+}
+
+}  // namespace
+
+bool sparsegpt_block(const SparseGptBlock& b) {
+  if (!b.group && !prune_smallest(b)) return false;
+  const int64_t columns = b.columns, tile = columns * LANES;
+  Scratch weights(b.threads * tile * 4), masks(b.threads * tile), scores(b.threads * tile * 4);
+  if (!weights.ok() || !masks.ok() || !scores.ok()) return false;
+  parallel_for((b.rows + LANES - 1) / LANES, b.threads, [&](int64_t item, int thread) {
+    float* w = weights.as<float>() + thread * tile;
+    uint8_t* pruned = masks.as<uint8_t>() + thread * tile;
+    const int64_t r0 = item * LANES, used = b.rows - r0 < LANES ? b.rows - r0 : LANES;
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t l = 0; l < LANES; ++l) {
+        w[c * LANES + l] = l < used ? b.weight[c * b.rows + r0 + l] : 0.0f;
+        pruned[c * LANES + l] = l < used ? b.pruned[c * b.rows + r0 + l] : 1;
+      }
+    for (int64_t c = 0; c < columns; ++c) {
+      if (b.group && c % b.group == 0) {
+        const int64_t width = columns - c < b.group ? columns - c : b.group;
+        prune_group(b, c, width, b.zeros * width / b.group, w + c * LANES, pruned + c * LANES,
+                    scores.as<float>() + thread * tile);
+      }
+      const float* factor = b.factor + c * b.factor_stride;
+      float error[LANES];
+      for (int l = 0; l < LANES; ++l) {
+        const bool gone = pruned[c * LANES + l];
+        error[l] = gone ? w[c * LANES + l] / factor[c] : 0.0f;
+        w[c * LANES + l] = gone ? 0.0f : w[c * LANES + l];
+      }
+      for (int64_t l = 0; l < used; ++l) b.errors[c * b.rows + r0 + l] = error[l];
+      vf minus[LANES / VL];
+      for (int v = 0; v < LANES / VL; ++v) minus[v] = v_sub(v_zero(), v_load(error + v * VL));
+      for (int64_t i = c + 1; i < columns; ++i) {
+        const vf u = v_set(factor[i]);
+        for (int v = 0; v < LANES / VL; ++v) {
+          float* p = w + i * LANES + v * VL;
+          v_store(p, v_fma(u, minus[v], v_load(p)));
+        }
+      }
+    }
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t l = 0; l < used; ++l) {
+        b.weight[c * b.rows + r0 + l] = w[c * LANES + l];
+        b.pruned[c * b.rows + r0 + l] = pruned[c * LANES + l];
+      }
+  });
+  return true;
+}
+
+}  // namespace GP_ISA
+}  // namespace gp
