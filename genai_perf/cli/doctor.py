@@ -37,11 +37,14 @@ def examine() -> dict:
     """Everything doctor knows, as JSON values."""
     from .._backends import backends, native
     from ..bench.machine import commit, machine, versions
+    from ..neuron.host import topology
 
+    neuron = topology()
     return {
         "versions": versions(),
         "commit": commit(),
         "machine": machine().to_dict(),
+        "neuron": neuron.to_dict() | {"summary": str(neuron)},
         "best_isa": None if native.unavailable() else native.lib().best_isa(),
         "backends": backends(),
         "calls": [
@@ -111,6 +114,7 @@ def _show(found: dict, console: Console) -> None:
     gpus = [f"{g['name']}, {human_bytes(g['memory_bytes'])}, {g['capability']}"
             for g in machine["gpus"]]  # fmt: skip
     about.add_row("GPUs", "; ".join(gpus) or "none that torch sees")
+    about.add_row("Neuron", found["neuron"]["summary"])
     about.add_row("nvcc", machine["nvcc"] or "not found")
     packages = [f"{k} {v}" for k, v in versions.items() if v and k not in ("genai_perf", "python")]
     about.add_row("packages", ", ".join(packages))

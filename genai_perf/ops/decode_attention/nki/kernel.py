@@ -133,7 +133,7 @@ class State(nl.NKIObject):
         nisa.dma_copy(dst=partial_hbm[b, h, :, dim_v + 1 : dim_v + 2], src=self.total)
 
 
-def turned(x_sb, count, start, dim):
+def turned(x_sb, count, start, dim, engine=nisa.engine.vector):
     """x[:, start : start + dim]^T in tiles of up to 128 of dim."""
     chunks = []
     for at in range(0, dim, KEYS):
@@ -142,7 +142,7 @@ def turned(x_sb, count, start, dim):
         chunk_sb = nl.ndarray((size, count), dtype=x_sb.dtype, buffer=nl.sbuf)
         nisa.nc_transpose(dst=x_psum, data=x_sb[0:count, start + at : start + at + size],
                           engine=nisa.engine.tensor)  # fmt: skip
-        nisa.tensor_copy(dst=chunk_sb, src=x_psum)
+        nisa.tensor_copy(dst=chunk_sb, src=x_psum, engine=engine)
         chunks.append(chunk_sb)
     return chunks
 
@@ -215,7 +215,7 @@ def add_keys(state, call, k_tiles, v_tiles, h, k0, dim, dim_v, softmax_scale):
                     reduce_cmd=nisa.reduce_cmd.reset_reduce)  # fmt: skip
     out_psum = nl.ndarray((rows, dim_v), dtype=nl.float32, buffer=nl.psum)
     for i in range(len(v_tiles)):
-        p_turned = turned(p_sb, rows, i * KEYS, KEYS)
+        p_turned = turned(p_sb, rows, i * KEYS, KEYS, nisa.engine.scalar)
         nisa.nc_matmul(dst=out_psum, stationary=p_turned[0],
                        moving=v_tiles[i][:, h * dim_v : (h + 1) * dim_v],
                        accumulate=i > 0)  # fmt: skip
