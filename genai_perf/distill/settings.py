@@ -29,7 +29,7 @@ class DistillationSettings:
     on_policy: float = 0.0
     prompt_tokens: int = 32
     sample_temperature: float = 1.0
-    chunk_bytes: int = 64 << 20
+    chunk_bytes: int = 128 << 20
 
     def __post_init__(self):
         op = "DistillationSettings"

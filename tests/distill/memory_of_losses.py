@@ -2,6 +2,7 @@
 
 import resource
 
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +19,7 @@ def extra_bytes(how: str, tokens: int, vocab: int, hidden: int = 64, threads: in
     for x in (h, w):
         x.grad = torch.zeros_like(x)  # the gradients' own memory, before the count starts
     call(h[:32], w[:512], th[:32], tw[:512]).backward()  # what libraries keep from a first call
-    before = _peak()
+    before = psutil.Process().memory_info().rss
     h.grad = w.grad = None
     call(h, w, th, tw).backward()
     return _peak() - before

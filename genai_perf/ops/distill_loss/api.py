@@ -125,7 +125,7 @@ def fused_linear_distillation_loss(
     teacher_softcap: float = 0.0,
     teacher_logit_scale: float = 1.0,
     vocab_size: int | None = None,
-    chunk_bytes: int = 64 << 20,
+    chunk_bytes: int = 128 << 20,
     return_parts: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
