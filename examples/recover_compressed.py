@@ -116,10 +116,11 @@ def main() -> None:
     recovered = held_out_loss(student, held)
     kept = all(not p[~mask].any() for p, mask in masks.items())
     back = (compressed - recovered) / (compressed - dense)
+    before, middle, after = (math.exp(loss) for loss in (dense, compressed, recovered))
     print(
-        f"{args.how}: perplexity dense {math.exp(dense):.2f}, compressed {math.exp(compressed):.2f}, "
-        f"recovered {math.exp(recovered):.2f} after {args.steps} steps; {back:.0%} of the lost loss "
-        "came back" + (f"; zeros kept: {kept}" if masks else "")
+        f"{args.how}: perplexity dense {before:.2f}, compressed {middle:.2f}, recovered {after:.2f} "
+        f"after {args.steps} steps; {back:.0%} of the loss came back"
+        + (f"; zeros kept: {kept}" if masks else "")
     )
 
 
