@@ -118,8 +118,8 @@ def main() -> None:
     back = (compressed - recovered) / (compressed - dense)
     before, middle, after = (math.exp(loss) for loss in (dense, compressed, recovered))
     print(
-        f"{args.how}: perplexity dense {before:.2f}, compressed {middle:.2f}, recovered {after:.2f} "
-        f"after {args.steps} steps; {back:.0%} of the loss came back"
+        f"{args.how}: perplexity dense {before:.2f}, compressed {middle:.2f}, recovered "
+        f"{after:.2f} after {args.steps} steps; {back:.0%} of the lost loss came back"
         + (f"; zeros kept: {kept}" if masks else "")
     )
 
