@@ -26,7 +26,7 @@ _QUANTIZE = Op(
     "(Tensor x, str format, int group_size, bool double_quant, bool symmetric, "
     "ScalarType scale_dtype, bool allow_nonfinite, *, str? backend=None) -> Tensor[]",
     fake=lambda *args, backend=None: _fake_quantize(*args),
-    backends=("native", "reference"),
+    backends=("nki", "native", "reference"),
     entry="quantize",
 )
 _DEQUANTIZE = Op(
@@ -35,7 +35,7 @@ _DEQUANTIZE = Op(
     "(Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? nested_scale, Tensor? scale_offset, "
     "str format, int group_size, SymInt[] shape, ScalarType dtype, *, str? backend=None) -> Tensor",
     fake=lambda *args, backend=None: _fake_dequantize(*args),
-    backends=("cuda", "native", "reference"),
+    backends=("cuda", "nki", "native", "reference"),
     entry="dequantize",
 )
 
