@@ -10,7 +10,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.dev-stamp
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test aot dev native check clean
+.PHONY: bench bench-gpu browser demo test aot dev native check clean
 
 demo: dev
 	$(VENV)/bin/genaiperf demo
@@ -21,6 +21,21 @@ test: dev native
 # Every shipped Triton configuration, compiled for four chips without a GPU.
 aot: dev
 	$(PY) -m genai_perf.testing.aot --out aot.json --jobs 2
+
+# The headline cases of every op on the CPU, in less than 10 minutes, and their page.
+bench: dev native
+	$(PY) -m genai_perf.cli bench run all --quick --phase all --budget 5 --total 480 \
+	  --out results/bench.json
+	$(PY) -m genai_perf.cli report results/bench.json -o results/bench.html
+
+# On a host with a GPU: the oracle on every op, then every case against every peer at hand, at most
+# 9 minutes; run again, it goes on with the ops that are not done. make bench-gpu OUT=folder
+bench-gpu: dev native
+	$(PY) benchmarks/gpu.py $(or $(OUT),results/gpu)
+
+# What the test of the results page looks with; without it that test is skipped.
+browser:
+	command -v chromium || apt-get install -y chromium
 
 dev: $(STAMP)
 

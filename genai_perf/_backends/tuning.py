@@ -11,7 +11,10 @@ Optima move between Triton's minor versions, so a table of another one is not us
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +22,27 @@ from pathlib import Path
 @cache
 def _table(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    kernel: str
+    config: dict[str, int] | None
+    seen: list[dict]
+
+
+_trial: ContextVar[_Trial | None] = ContextVar("genai_perf_tuning_trial", default=None)
+
+
+@contextmanager
+def forced(kernel: str, config: dict[str, int] | None, seen: list[dict]) -> Iterator[None]:
+    """Inside, every lookup for `kernel` gives `config` (None: what it would have given), and the
+    keys that were asked for are appended to `seen`."""
+    token = _trial.set(_Trial(kernel, config, seen))
+    try:
+        yield
+    finally:
+        _trial.reset(token)
 
 
 def _minor(version: str) -> tuple[str, ...]:
@@ -36,6 +60,11 @@ def lookup(folder: Path, device: str, triton_version: str, exact: Mapping[str, o
         exact: fields on which an entry must agree.
         near: fields in which the entry of least distance wins, measured in powers of two.
     """
+    trial = _trial.get()
+    if trial is not None and trial.kernel == exact.get("kernel"):
+        trial.seen.append({**exact, **near})
+        if trial.config is not None:
+            return trial.config
     table = _table(folder / f"{device}.json")
     if table is None or _minor(table["triton"]) != _minor(triton_version):
         return None

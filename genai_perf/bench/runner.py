@@ -34,6 +34,8 @@ _FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryErr
              AttributeError, OSError)  # fmt: skip
 _PRELOAD = ("torch", "numpy", "genai_perf.bench.probe", "genai_perf.ops.attention",
             "genai_perf.ops.quantize", "genai_perf.ops.quant_matmul")  # fmt: skip
+# In place of peers: every one that computes the op, those that cannot run here skipped by name.
+ALL = "all"
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -58,7 +60,8 @@ class Settings:
     """How it is measured.
 
     pairs: ABBA rounds at least; budget_seconds: for the rounds of one row; memory: whether each
-    variant's memory is taken in a fresh process; quick: the suite's few headline cases.
+    variant's memory is taken in a fresh process; quick: the suite's few headline cases;
+    total_seconds: no row begins later than this, and those left out are named in the report.
     """
 
     device: str = "cpu"
@@ -72,6 +75,7 @@ class Settings:
     pin: bool = False
     quick: bool = False
     seed: int | None = None
+    total_seconds: float | None = None
 
 
 @dataclass
@@ -97,6 +101,8 @@ def select(selection: Selection, quick: bool = False) -> list[tuple[object, str]
     room = suite(selection.op)
     known = room.cases()
     for name in selection.against:
+        if name == ALL:
+            continue
         peers.find(name, selection.op)
     for name in selection.backends:
         choose(f"backend of {selection.op}", name, room.BACKENDS)
@@ -140,7 +146,7 @@ def run(selections: Sequence[Selection], settings: Settings, *, samples: Path | 
     timer = timer_for(settings.device, settings.timer)
     seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
     settings = replace(settings, seed=seed)
-    rows = []
+    rows, left_out = [], []
     with pinned(settings.threads, pin=settings.pin) as cores:
         settings = replace(settings, threads=torch.get_num_threads())
         about = provenance(settings.device)
@@ -148,6 +154,10 @@ def run(selections: Sequence[Selection], settings: Settings, *, samples: Path | 
         peaks = measure_peaks(settings.device, sorted(dtypes, key=str), timer=timer)
         with _journal(samples) as write, _processes(settings) as fresh:
             for i, (one, case, phase) in enumerate(work):
+                spent = time.perf_counter() - begun
+                if settings.total_seconds is not None and spent > settings.total_seconds:
+                    left_out.append(f"{one.op} {case.name} {phase}")
+                    continue
                 progress("Cases", i, len(work), f"{one.op} {case.name} {phase}")
                 rows.append(_row(one, case, phase, settings, peaks, timer, write, fresh))
             progress("Cases", len(work), len(work), "")
@@ -160,6 +170,7 @@ def run(selections: Sequence[Selection], settings: Settings, *, samples: Path | 
         "settings": asdict(settings),
         "peaks": peaks.to_dict(),
         "rows": rows,
+        "left_out": left_out,
         "models": [],
         "training": [],
     }
@@ -192,6 +203,7 @@ def _row(one: Selection, case, phase: str, settings: Settings, peaks: Peaks, tim
                     pairs=settings.pairs,
                     budget_seconds=settings.budget_seconds,
                     warmup_seconds=settings.warmup_seconds,
+                    stable_seconds=0.5,
                     min_sample_seconds=0.002 if settings.device == "cpu" else 0.0,
                     before=caches.flusher(settings.device, settings.cache),
                     on_round=on_round,
@@ -234,6 +246,8 @@ def _prepare(one: Selection, room, problem: Problem, settings: Settings
     """Every variant built and checked; calls of those that passed."""
     own = one.backends or _chosen_backend(room, problem)
     theirs = one.against or (room.BASELINE,)
+    if ALL in theirs:
+        theirs = tuple(dict.fromkeys((room.BASELINE, *peers.variants(one.op))))
     entries = [_Entry(name, True) for name in own] + [_Entry(name, False) for name in theirs]
     calls: dict[str, Callable[[], object]] = {}
     try:

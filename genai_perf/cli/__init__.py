@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, checkpoint, compress, demo, distill, doctor, plan, report
+from . import bench, checkpoint, compress, demo, distill, doctor, plan, report, tune
 
 app = typer.Typer(
     name="genaiperf",
@@ -24,6 +24,7 @@ app.command("validate")(checkpoint.validate)
 app.command("doctor")(doctor.command)
 app.add_typer(bench.app, name="bench")
 app.command("report")(report.command)
+app.command("tune")(tune.command)
 
 
 def main() -> None:

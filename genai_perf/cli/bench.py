@@ -1,4 +1,4 @@
-"""genaiperf bench: list, run, compare, matrix.
+"""genaiperf bench: list, run, compare, matrix, train.
 
 Exit codes: 0 nothing is slower, 1 something is slower or wrong, 2 no answer: undecided, or the
 command could not run.
@@ -18,7 +18,7 @@ from ..bench.numbers import figures, human_bytes
 from .console import Stages, user_errors
 
 app = typer.Typer(
-    help="Measure ops and models side by side, with verdicts. Exit code 0: nothing is "
+    help="Measure ops, models and training side by side, with verdicts. Exit code 0: nothing is "
     "slower; 1: something is slower or wrong; 2: no answer.",
     no_args_is_help=True,
 )
@@ -26,7 +26,7 @@ app = typer.Typer(
 Case = Annotated[list[str] | None, typer.Option(help="Name or pattern, repeated; else all.")]
 Against = Annotated[
     list[str] | None,
-    typer.Option(help="Peers, comma-separated or repeated; the first is the baseline."),
+    typer.Option(help="Peers, comma-separated or repeated, or all; the first is the baseline."),
 ]
 Dtype = Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; repeated.")]
 Out = Annotated[
@@ -84,6 +84,9 @@ def run_command(
     device: Device = "cpu",
     timer: Annotated[str | None, typer.Option(help="cpu, cuda-events, cuda-graph, neuron.")] = None,
     budget: Budget = 15.0,
+    total: Annotated[
+        float | None, typer.Option(help="Seconds in all; rows left out are named.")
+    ] = None,
     threads: Threads = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep the threads on as many cores.")] = False,
     memory: Annotated[bool, typer.Option(help="Memory in fresh processes.")] = True,
@@ -99,7 +102,7 @@ def run_command(
 
         settings = runner.Settings(device=device, cache="hot" if hot else "cold", timer=timer,
                                    budget_seconds=budget, memory=memory, threads=threads, pin=pin,
-                                   quick=quick)  # fmt: skip
+                                   quick=quick, total_seconds=total)  # fmt: skip
         if op == "model" or model:
             report = _models(model, batch, length, settings)
             _finish(report, out, None)
@@ -117,6 +120,8 @@ def run_command(
             report = runner.run(chosen, settings, samples=partial, progress=stages.update)
         path = _finish(report, out, partial)
         _show_rows(report["rows"], Console())
+        for name in report["left_out"]:
+            typer.echo(f"left out, no time: {name}")
         typer.echo(f"\n{path}\n{results.samples_path(path)}")
         raise typer.Exit(_exit_code(report["rows"], check))
 
@@ -146,23 +151,23 @@ def _exit_code(rows: list[dict], check: bool) -> int:
 
 
 def _show_rows(rows: list[dict], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for heading in ("case", "variant"):
-        table.add_column(heading, no_wrap=True)
+    """A line with the case, then one for each variant: fits into 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), show_edge=False)
+    table.add_column("variant", overflow="fold", min_width=16)
     for heading in ("ms", "of the\nbound", "bytes\n/ floor", "error"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("ours against it (99 % interval)", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True, min_width=6)
+    table.add_column("ours against it,\n99 % interval", overflow="fold", min_width=24)
     for row in rows:
-        label = f"{row['case']} {row['phase']}"
+        words = [escape(row["case"]), row["phase"], "hot" if row["cache"] == "hot" else ""]
+        table.add_row(f"[bold]{' '.join(words).strip()}[/]")
         for variant in row["variants"]:
-            table.add_row(escape(label), *_cells(variant, row))
-            label = ""
-        table.add_section()
+            table.add_row(*_cells(variant, row))
+        table.add_row()
     console.print(table)
 
 
 def _cells(variant: dict, row: dict) -> list[str]:
-    name = f"[bold]{variant['name']}[/]" if variant["own"] else variant["name"]
+    name = f"  [cyan]{variant['name']}[/]" if variant["own"] else f"  {variant['name']}"
     if variant["status"] != "ok":
         return [name, "-", "", "", "", f"{variant['status']}: {escape(variant['reason'] or '')}"]
     memory = variant["memory"] or {}
@@ -252,6 +257,46 @@ def matrix_command(out: Out = None, budget: Budget = 2.0, threads: Threads = Non
             reports[0]["rows"] = rows
             _finish(reports[0], out, None)
             typer.echo(str(out))
+
+
+@app.command("train")
+def train_command(
+    model: Annotated[
+        Path | None, typer.Option(help="A dense checkpoint folder; else the embedded model.")
+    ] = None,
+    way: Annotated[
+        list[str] | None, typer.Option(help="A way by name, repeated; else all.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples an optimizer step.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a sample.")] = 128,
+    steps: Annotated[int, typer.Option(min=2, help="The first is not timed.")] = 4,
+    device: Device = "cpu",
+    threads: Threads = None,
+    out: Out = None,
+) -> None:
+    """Compare the ways to fit training on one device: samples/s and peak memory of each."""
+    with user_errors():
+        from ..bench import runner, training
+        from ..models import tiny_python_lm
+
+        work = training.Work(batch=batch, micro=max(1, batch // 4), length=length, steps=steps)
+        settings = runner.Settings(device=device, threads=threads)
+        with Stages() as stages:
+            report = training.run(model or tiny_python_lm(), settings, work=work,
+                                  ways=tuple(way or ()), progress=stages.update)  # fmt: skip
+        path = _finish(report, out, None)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        table.add_column("way")
+        for heading in ("samples/s", "peak\nmemory", "loss"):
+            table.add_column(heading, justify="right")
+        for row in report["training"]:
+            if row["status"] == "ok":
+                table.add_row(row["name"], figures(row["samples_per_s"]),
+                              human_bytes(row["peak_bytes"]), f"{row['loss']:.3f}")  # fmt: skip
+            else:
+                table.add_row(row["name"], "-", "-", f"{row['status']}: {escape(row['reason'])}")
+        Console().print(table)
+        typer.echo(str(path))
 
 
 def _models(folders, batch, length, settings) -> dict:

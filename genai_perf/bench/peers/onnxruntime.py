@@ -54,5 +54,7 @@ def _session(weight, level: int):
     model.ir_version = 9
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads else go on spinning after a call, on the cores that the next variant needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return ort.InferenceSession(model.SerializeToString(), options,
                                 providers=["CPUExecutionProvider"])  # fmt: skip

@@ -6,6 +6,7 @@ codes must be as near to x as the reference's is.
 
 import torch
 
+from ..._errors import BackendUnsupported
 from ...formats import get
 from ...ops.quantize import cases as listed
 from ...ops.quantize import dequantize, quantize
@@ -34,6 +35,9 @@ def make(case, phase: str, device: str, seed: int) -> Problem:
 def own(problem: Problem, backend: str) -> Variant:
     x, packed, options = problem.inputs["x"], problem.inputs["packed"], dict(problem.options)
     fmt = options.pop("format")
+    known = (_QUANTIZE if problem.phase == "quantize" else _DEQUANTIZE).backends
+    if backend is not None and backend not in known:
+        raise BackendUnsupported(f"{problem.phase} has no backend {backend}")
     if problem.phase == "quantize":
         return Variant(lambda: quantize(x, fmt, **options, backend=backend), codes)
     return Variant(lambda: dequantize(packed, problem.dtype, backend=backend), named)
