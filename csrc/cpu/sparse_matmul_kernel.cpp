@@ -3,7 +3,7 @@
 // product of two rows is one vector sum over each scale's columns (512 where there is one scale),
 // these sums times their scale added up in order.
 #include "common/parallel.h"
-#include "cpu/sparse_int4.h"
+#include "cpu/sparse_int4_rows.h"
 
 namespace gp {
 namespace GP_ISA {
@@ -273,6 +273,7 @@ bool by_kind(const Args& a) {
 
 bool sparse_matmul_few(const SparseMatmulArgs& a) {
   using V = SparseValue;
+  if (comes_in_eights(a.w)) return run_eights(a);
   return a.w.row_start
       ? by_kind<SparseMatmulArgs, run<V::f32, false>, run<V::bf16, false>, run<V::f16, false>,
                 run<V::i8, false>>(a)

@@ -3,7 +3,6 @@
 import torch
 
 from . import masks
-from .hessian import relative_error
 from .sparsegpt import SparseResult, check_weight
 
 
@@ -35,4 +34,4 @@ def keep_best(
     """The weight as it is, zero where `wanted` prunes by scores (rows, columns)."""
     mask = ~wanted.choose_everywhere(scores, weight == 0, max(1, weight.shape[1]))
     new = weight * mask
-    return SparseResult(new, mask, relative_error(weight, new, hessian))
+    return SparseResult(new, mask, weight, hessian)

@@ -1,6 +1,7 @@
 """SparseGPT: one-shot pruning that updates the weights it keeps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -18,12 +19,19 @@ class SparseResult:
     Attributes:
         weight: (out_features, in_features), updated, zero where pruned, dtype of the input weight.
         mask: the same shape, bool, True where a weight is kept.
-        error: || (W - weight) X ||^2 / || W X ||^2 over the calibration inputs.
+        before, hessian: what the pruner was given.
+        error: || (W - weight) X ||^2 / || W X ||^2 over the calibration inputs; computed when it is
+            first read, which takes as long as the factor of the Hessian.
     """
 
     weight: torch.Tensor
     mask: torch.Tensor
-    error: float
+    before: torch.Tensor = field(repr=False)
+    hessian: torch.Tensor | None = field(repr=False)
+
+    @cached_property
+    def error(self) -> float:
+        return relative_error(self.before, self.weight, self.hessian)
 
 
 def check_weight(op: str, weight: torch.Tensor, hessian: torch.Tensor | None) -> None:
@@ -114,7 +122,7 @@ def solve(
     if not torch.isfinite(new).all():
         raise CalibrationError(f"{name}: the update left the range of {weight.dtype}; "
                                f"raise damp_frac, now {factor.damp_frac}")  # fmt: skip
-    return SparseResult(new, ~pruned, relative_error(weight, new, hessian))
+    return SparseResult(new, ~pruned, weight, hessian)
 
 
 def _refine(

@@ -3,7 +3,6 @@
 import torch
 
 from . import masks
-from .hessian import relative_error
 from .magnitude import keep_best
 from .sparsegpt import SparseResult, check_weight
 
@@ -36,4 +35,4 @@ def solve(
     count = round(weight.shape[1] * wanted.fraction)
     mask = ~(masks.smallest(torch.where(zero, -1.0, scores), count) | zero)
     new = weight * mask
-    return SparseResult(new, mask, relative_error(weight, new, hessian))
+    return SparseResult(new, mask, weight, hessian)

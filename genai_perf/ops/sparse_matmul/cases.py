@@ -31,7 +31,7 @@ LAYOUTS = ("2:4", "bitmask")
 VALUES = ("float32", "bfloat16", "float16", "int8", "int4", "int4-g8", "int4-row")
 # Rows on both sides of the limits between kernels.
 ROWS = (0, 1, 2, 3, 5, 8, 9, 40)
-SHAPES = ((1, 1), (3, 33), (43, 172), (5, 4104), (130, 300))
+SHAPES = ((1, 1), (3, 33), (43, 172), (5, 4104), (130, 300), (24, 384))
 BENCH_SHAPES = ((4096, 4096), (14336, 4096))
 
 
