@@ -498,3 +498,14 @@ def test_barrier_that_one_core_misses():
 
     with pytest.raises(KernelError, match="ended without arriving"):
         simulate(kernel)[2](np.zeros((1, 1), np.float32))
+
+
+def test_a_tensor_that_the_caller_gave_may_be_written_and_returned():
+    def kernel(x, out):
+        t = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.sbuf)
+        nisa.dma_copy(dst=t, src=x)
+        nisa.dma_copy(dst=out, src=t)
+        return out
+
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert (simulate(kernel)(x, np.zeros_like(x)) == x).all()

@@ -32,7 +32,7 @@ __all__ = [
 def modules() -> dict[str, ModuleType]:
     """`nki`, `nki.language`, `nki.isa` and `nki.isa.constants` as kernels import them."""
     nki, found = ModuleType("nki", __doc__), {"nki.language": language.module(), **isa.modules()}
-    vars(nki).update(jit=jit, simulate=simulate, language=found["nki.language"],
+    vars(nki).update(jit=jit, simulate=simulate, dtype=DType, language=found["nki.language"],
                      isa=found["nki.isa"])  # fmt: skip
     typing = ModuleType("nki.typing")
     vars(typing).update(tensor=Tensor)
