@@ -86,7 +86,7 @@ def test_loss_stays_sane(losses, name):
 @pytest.mark.parametrize("better, worse", [
     ("int4-gptq", "int4-rtn"), ("sparsegpt-0.5", "wanda-0.5"), ("wanda-0.5", "magnitude-0.5"),
     ("sparsegpt-2:4", "wanda-2:4"), ("wanda-2:4", "magnitude-2:4"),
-    ("sparsegpt-0.5", "sparsegpt-2:4"),
+    ("sparsegpt-0.5", "sparsegpt-2:4"), ("sparsegpt-2:4", "sparsegpt-2:4-faithful"),
 ])  # fmt: skip
 def test_order(losses, better, worse):
     assert losses(better)[0] < losses(worse)[0]
