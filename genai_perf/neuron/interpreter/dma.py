@@ -24,7 +24,7 @@ def _check(what: str, name: str, x) -> Tensor:
     if x.storage.buffer is PSUM:
         refuse(f"{what}: DMA cannot touch PSUM, got {name} {x!r}; copy it to SBUF first")
     if x.storage.buffer is SBUF:
-        tile(what, name, x)
+        tile(what, name, x, anywhere=True)
     return x
 
 

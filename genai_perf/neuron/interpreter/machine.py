@@ -112,8 +112,8 @@ HANDLE = Handle()
 # --- checks that instructions share ---------------------------------------------------------------
 
 
-def tile(instruction: str, name: str, x, *, buffers=(SBUF, PSUM)) -> Tensor:
-    """`x` as a tile in one of `buffers`, on partitions where the hardware can start."""
+def tile(instruction: str, name: str, x, *, buffers=(SBUF, PSUM), anywhere=False) -> Tensor:
+    """`x` as a tile in one of `buffers`, on partitions where an engine can start (DMA: anywhere)."""
     if not isinstance(x, Tensor):
         refuse(f"{instruction}: {name} must be a tile, got {type(x).__name__}")
     if x.storage.buffer not in buffers:
@@ -124,7 +124,7 @@ def tile(instruction: str, name: str, x, *, buffers=(SBUF, PSUM)) -> Tensor:
     if x.ndim < 2 or not 1 <= x.shape[0] <= PARTITIONS:
         refuse(f"{instruction}: {name} has 1 to {PARTITIONS} partitions and two dimensions or "
                f"more, got {x!r}")  # fmt: skip
-    if x.storage.shape[0] != x.shape[0]:
+    if x.storage.shape[0] != x.shape[0] and not anywhere:
         _check_start(instruction, name, x)
     limit = 4096 if x.storage.buffer is PSUM else 65536
     if x.free > limit:
