@@ -113,7 +113,7 @@ HANDLE = Handle()
 
 
 def tile(instruction: str, name: str, x, *, buffers=(SBUF, PSUM), anywhere=False) -> Tensor:
-    """`x` as a tile in one of `buffers`, on partitions where an engine can start (DMA: anywhere)."""
+    """`x` as a tile in one of `buffers`, where an engine can start (DMA: anywhere)."""
     if not isinstance(x, Tensor):
         refuse(f"{instruction}: {name} must be a tile, got {type(x).__name__}")
     if x.storage.buffer not in buffers:
