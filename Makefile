@@ -10,7 +10,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.dev-stamp
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: bench bench-gpu browser demo test aot dev native check clean
+.PHONY: bench bench-gpu browser demo test aot dev native sanitize fuzz check clean
 
 demo: dev
 	$(VENV)/bin/genaiperf demo
@@ -48,14 +48,35 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(SOURCES)
 	  $(PIP) --no-build-isolation -e '.[dev]'
 	touch $(STAMP)
 
+CMAKE = $(PY) -m cmake -S . -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_MAKE_PROGRAM=$$($(PY) -c 'import ninja; print(ninja.BIN_DIR)')/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(PY)) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) \
+	  -DGENAI_PERF_TESTS=ON
+
 # The extension and the C++ tests, incrementally; the extension goes into genai_perf/.
 native:
-	@$(PY) -m cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DCMAKE_MAKE_PROGRAM=$$($(PY) -c 'import ninja; print(ninja.BIN_DIR)')/ninja \
-	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/genai_perf -DPython_EXECUTABLE=$(abspath $(PY)) \
-	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) \
-	  -DGENAI_PERF_CUDA=$(GENAI_PERF_CUDA) -DGENAI_PERF_TESTS=ON > /dev/null
+	@$(CMAKE) -B build/native -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/genai_perf \
+	  -DGENAI_PERF_CUDA=$(GENAI_PERF_CUDA) > /dev/null
 	$(PY) -m cmake --build build/native
+
+# The native kernels under AddressSanitizer and UBSan: the C++ tests, then what every backend promises
+# and attention's options in pairs, through Python. Leaks are not looked for: Python leaves many.
+SANITIZED := build/sanitize/python
+sanitize: dev
+	@$(CMAKE) -B build/sanitize -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(SANITIZED) \
+	  -DGENAI_PERF_CUDA=OFF -DGENAI_PERF_SANITIZE=ON > /dev/null
+	$(PY) -m cmake --build build/sanitize
+	ASAN_OPTIONS=detect_leaks=0 $(PY) -m cmake -E chdir build/sanitize $(abspath $(PY)) -c \
+	  'import cmake, subprocess, sys; sys.exit(subprocess.call([cmake.CMAKE_BIN_DIR + "/ctest", "--output-on-failure"]))'
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(PY) tests/sanitize.py $(SANITIZED) -x -p no:cacheprovider tests/test_conformance.py \
+	  tests/ops/test_attention_pairs.py
+
+# N random attention calls against the float64 oracle; a failure prints its case.
+N ?= 200
+SEED ?= 0
+fuzz: dev native
+	$(PY) tests/ops/attention_fuzz.py --n $(N) --seed $(SEED)
 
 check:
 	$(PY) -m ruff check .

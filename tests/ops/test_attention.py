@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_checks import check_oracle, leaves, run, same_precision
 
 import genai_perf as gp
 from genai_perf import _C
@@ -25,62 +26,6 @@ def isa(request):
         pytest.skip(str(error))
     yield request.param
     _C.force_isa(before)
-
-
-def leaves(inputs: dict, dtype=None) -> tuple[dict, dict]:
-    """A copy of the inputs whose floating-point tensors want gradients, and these tensors."""
-    copy = {
-        name: x.detach().to(dtype or x.dtype).requires_grad_()
-        if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "alibi_slopes"
-        else x
-        for name, x in inputs.items()
-    }
-    return copy, {n: x for n, x in copy.items() if isinstance(x, torch.Tensor) and x.requires_grad}
-
-
-def run(inputs: dict, *, backend: str, dtype=None, seed: int = 1, upstream=None) -> dict:
-    """out, lse and the gradients for a random upstream gradient of both, by name."""
-    call, wanted = leaves(inputs, dtype)
-    out, lse = gp.attention(**call, return_lse=True, backend=backend)
-    if upstream is None:
-        generator = torch.Generator().manual_seed(seed)
-        upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, lse)]
-    upstream = [x.to(y.dtype) for x, y in zip(upstream, (out, lse), strict=True)]
-    grads = torch.autograd.grad((out, lse), list(wanted.values()), upstream)
-    named = {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
-    return {"out": out.detach(), "lse": lse.detach(), **named, "upstream": upstream}
-
-
-def check_oracle(inputs: dict) -> None:
-    got = run(inputs, backend="native")
-    ref = run(inputs, backend="reference", dtype=torch.float64, upstream=got["upstream"])
-    with same_precision():
-        yardstick = run(inputs, backend="reference", upstream=got["upstream"])
-    for name in got.keys() - {"upstream"}:
-        assert got[name].dtype == (torch.float32 if name == "lse" else inputs["q"].dtype)
-        factor = 2 if name in ("out", "lse") else 3
-        assert_close_to_oracle(got[name], ref[name], yardstick[name], factor, name)
-
-
-def same_precision():
-    """The reference computing in the dtype of its inputs."""
-    from functools import partial
-
-    from genai_perf.ops.attention import reference
-
-    patch = pytest.MonkeyPatch.context()
-
-    class Patched:
-        def __enter__(self):
-            self.patch = patch.__enter__()
-            for name in ("forward", "backward"):
-                plain = getattr(reference, name)
-                self.patch.setattr(reference, name, partial(plain, upcast=False))
-
-        def __exit__(self, *error):
-            return patch.__exit__(*error)
-
-    return Patched()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

@@ -1,0 +1,80 @@
+"""Running an attention call and comparing it with the float64 oracle, for several test files."""
+
+import contextlib
+from collections.abc import Iterable
+from functools import partial
+
+import pytest
+import torch
+
+import genai_perf as gp
+from genai_perf.ops.attention import reference
+from genai_perf.testing.numerics import assert_close_to_oracle
+
+FEW = 64
+
+
+def leaves(inputs: dict, dtype=None) -> tuple[dict, dict]:
+    """A copy of the inputs whose floating-point tensors want gradients, and these tensors."""
+    copy = {
+        name: x.detach().to(dtype or x.dtype).requires_grad_()
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "alibi_slopes"
+        else x
+        for name, x in inputs.items()
+    }
+    return copy, {n: x for n, x in copy.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+
+
+def run(inputs: dict, *, backend: str, dtype=None, seed: int = 1, upstream=None) -> dict:
+    """out, lse and the gradients for a random upstream gradient of both, by name."""
+    call, wanted = leaves(inputs, dtype)
+    out, lse = gp.attention(**call, return_lse=True, backend=backend)
+    if upstream is None:
+        generator = torch.Generator().manual_seed(seed)
+        upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, lse)]
+    upstream = [x.to(y.dtype) for x, y in zip(upstream, (out, lse), strict=True)]
+    grads = torch.autograd.grad((out, lse), list(wanted.values()), upstream)
+    named = {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    return {"out": out.detach(), "lse": lse.detach(), **named, "upstream": upstream}
+
+
+def check_oracle(inputs: dict, others: Iterable[dict] = ()) -> None:
+    """The native backend by the project's rule.
+
+    The largest error among a few elements is mostly luck: for such tensors the yardstick is the
+    largest error over `others` too, inputs of the same case, as many of them as are needed.
+    """
+    got = run(inputs, backend="native")
+    ref, yardstick = oracle_and_yardstick(inputs, got["upstream"])
+    others = iter(others)
+    for name in got.keys() - {"upstream"}:
+        assert got[name].dtype == (torch.float32 if name == "lse" else inputs["q"].dtype)
+        factor = 2 if name in ("out", "lse") else 3
+        while True:
+            try:
+                assert_close_to_oracle(got[name], ref[name], yardstick[name], factor, name)
+                break
+            except AssertionError:
+                other = next(others, None) if yardstick[name].numel() < FEW else None
+                if other is None:
+                    raise
+            ref2, yardstick2 = oracle_and_yardstick(other)
+            errors = (x[name] - r[name] for x, r in ((yardstick, ref), (yardstick2, ref2)))
+            # -inf - -inf is NaN, and no error.
+            yardstick[name] = ref[name] + max(e.nan_to_num(0).abs().max() for e in errors)
+
+
+def oracle_and_yardstick(inputs: dict, upstream=None) -> tuple[dict, dict]:
+    with same_precision():
+        yardstick = run(inputs, backend="reference", upstream=upstream)
+    upstream = yardstick["upstream"]
+    return run(inputs, backend="reference", dtype=torch.float64, upstream=upstream), yardstick
+
+
+@contextlib.contextmanager
+def same_precision():
+    """The reference computing in the dtype of its inputs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("forward", "backward"):
+            patch.setattr(reference, name, partial(getattr(reference, name), upcast=False))
+        yield
