@@ -1,13 +1,20 @@
 """attention against torch's scaled_dot_product_attention: interleaved runs, medians, ratios.
 
     python benchmarks/attention_vs_torch.py [--dtype float32] [--seqlens 512 1024] [--dims 64 128]
+    python benchmarks/attention_vs_torch.py --memory 4096 8192 16384
+
+The second prints what forward and backward need beyond inputs, outputs and gradients, each in a
+process of its own, beside torch's kernel and its path with the score matrix (forward only).
 
 To see both without AVX-512 set, before the start: GENAI_PERF_ISA=avx2 ATEN_CPU_CAPABILITY=avx2
 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 
 import argparse
+import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -20,7 +27,7 @@ from genai_perf._backends import native
 def interleaved(calls: dict, repeats: int) -> dict[str, float]:
     """Median seconds of each call, taking turns so that all see the same machine."""
     times = {name: [] for name in calls}
-    for call in calls.values():
+    for call in (*calls.values(), *calls.values()):
         call()
     for _ in range(repeats):
         for name, call in calls.items():
@@ -62,6 +69,45 @@ def measure(batch, seqlen, heads, heads_k, dim, dtype, causal, repeats) -> dict[
     )
 
 
+def extra_memory(path: str, seqlen: int) -> int:
+    """Peak bytes of a call on one head of 64 beyond its tensors; run in a fresh process."""
+    x = [torch.randn(1, seqlen, 1, 64, requires_grad=path != "math") for _ in range(3)]
+    dout = torch.randn(1, seqlen, 1, 64)
+
+    def call(tensors, upstream):
+        if path == "ours":
+            out = gp.attention(*tensors)
+        else:
+            backend = torch.nn.attention.SDPBackend
+            with torch.nn.attention.sdpa_kernel(
+                backend.MATH if path == "math" else backend.FLASH_ATTENTION
+            ):
+                out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in tensors))
+            out = out.transpose(1, 2)
+        if path != "math":
+            torch.autograd.grad(out, tensors, upstream)
+
+    call([t[:, :64] for t in x], dout[:, :64])  # libraries load, threads start
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call(x, dout)
+    tensors = (1 if path == "math" else 4) * dout.nbytes
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - tensors
+
+
+def print_memory(seqlens: list[int]) -> None:
+    for seqlen in seqlens:
+        found = {}
+        for path in ("ours", "flash", "math"):
+            code = f"print(__import__('attention_vs_torch').extra_memory({path!r}, {seqlen}))"
+            done = subprocess.run([sys.executable, "-c", code], cwd=sys.path[0], text=True,
+                                  capture_output=True, check=True)  # fmt: skip
+            found[path] = int(done.stdout) / 2**20
+        print(f"memory float32 d64 s{seqlen}, one head: "
+              f"ours {found['ours']:.1f} MiB, "
+              f"torch's kernel {found['flash']:.1f} MiB, score matrix {found['math']:.1f} MiB",
+              flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
@@ -71,7 +117,11 @@ def main() -> None:
     parser.add_argument("--heads-k", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory", nargs="+", type=int, metavar="SEQLEN")
     a = parser.parse_args()
+    if a.memory:
+        print_memory(a.memory)
+        return
     theirs = f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
     print(f"ours {native.lib().isa()}, {theirs}, {torch.get_num_threads()} threads")
     for dtype in a.dtype:

@@ -149,7 +149,10 @@ void add_block(const Cut& cut, const Work& w, const Sequence& seq, const Visible
     const int64_t n = min64(MR, t.rows - r);
     const int64_t from = bounds.lo[r / MR] / VL * VL, to = round_up(bounds.hi[r / MR], VL);
     if (from >= to) continue;
-    for (int64_t i = r; i < r + n; ++i) {
+    // The last row has the highest lower end, the first row the lowest upper one.
+    const bool all = !rule.any && visible.lo(t.q0 + r + n - 1) - k0 <= from &&
+                     visible.hi(t.q0 + r) - k0 >= to;
+    for (int64_t i = r; i < r + n && !all; ++i) {
       float* x = w.scores + i * cut.score_stride;
       const int64_t lo = min64(max64(visible.lo(t.q0 + i) - k0, from), to);
       const int64_t hi = max64(min64(visible.hi(t.q0 + i) - k0, to), lo);
