@@ -5,6 +5,7 @@
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "cpu/isa.h"
+#include "cpu/read_memory.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "genai_perf native CPU kernels";
@@ -25,6 +26,10 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("use_openmp_of", [](const std::string& name) { return gp::use_openmp_of(name.c_str()); });
   m.def("uses_openmp", &gp::uses_openmp);
+  m.def("read_memory", [](std::uintptr_t data, int64_t bytes, int threads) {
+    py::gil_scoped_release release;
+    return GP_KERNEL(read_memory)(as_pointer<const void>(data), bytes, threads);
+  });
   bind_attention(m);
   bind_decode_attention(m);
   bind_quantize(m);

@@ -186,14 +186,15 @@ static inline void score_run(const char* const* keys, int64_t at, const float* q
   sum_tile_lanes(acc, out);
 }
 
-// out[k * RT + r] = q row r . key k, for RT rows and 8 / RT keys; dim is a multiple of STEP. Sums of
-// sums lose less to rounding than long chains, which lanes alone do not break up in scalar code.
+// out[k * RT + r] = q row r . key k, for RT rows and 8 / RT keys; dim is a multiple of STEP.
 template <DType T, int RT>
 static inline void score_tile(const char* const* keys, int64_t at, const float* q, int64_t ldq,
                               int64_t dim, float* out) {
-  constexpr int64_t RUN = 16 * STEP;
-  score_run<T, RT>(keys, at, q, ldq, dim < RUN ? dim : RUN, out);
-  for (int64_t d = RUN; d < dim; d += RUN) {
+  if (VL > 1) return score_run<T, RT>(keys, at, q, ldq, dim, out);
+  // Lanes break up long sums; scalar code needs sums of sums to lose as little to rounding.
+  constexpr int64_t RUN = 32;
+  for (int i = 0; i < TILE; ++i) out[i] = 0.0f;
+  for (int64_t d = 0; d < dim; d += RUN) {
     float more[TILE];
     score_run<T, RT>(keys, at + d * Element<T>::bytes, q + d, ldq, dim - d < RUN ? dim - d : RUN,
                      more);
