@@ -74,6 +74,14 @@ def l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors, or compute units."""
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def launch(kernel, programs: int, device: torch.device, *args, **constants) -> None:
     """Run `programs` programs on the device's current stream."""
     if device.type != "cuda":

@@ -21,6 +21,7 @@ from .._backends.triton_aot import CHIPS, Compiled, compile_for
 # Ops with Triton kernels: each has a module `sources(arch, subset=...)`.
 SHIPPED = (
     "genai_perf.ops.attention.triton.shipped",
+    "genai_perf.ops.decode_attention.triton.shipped",
     "genai_perf.ops.distill_loss.triton.shipped",
 )
 

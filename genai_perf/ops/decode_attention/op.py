@@ -4,7 +4,7 @@ from ..._dispatch import Op
 from . import reference
 from .options import NEW_SCHEMA, SCHEMA
 
-BACKENDS = ("nki", "native", "reference")
+BACKENDS = ("triton", "nki", "native", "reference")
 
 
 def _fake(q, k_cache, v_cache, *options, backend=None):

@@ -1,0 +1,45 @@
+"""Tile sizes, warps, stages and the number of splits: a rule, **not measured here**.
+
+Decoding waits for memory: tiles are as small in queries as the matrix instructions allow, and keys
+are split until every multiprocessor has a few programs. `make aot` checks that each compiles without
+spills.
+"""
+
+import torch
+
+from ...._backends import triton as toolchain
+from ...attention.triton.problem import block_dim
+
+MERGE_WARPS, APPEND_WARPS = 2, 1
+MAX_SPLITS = 128
+WAVES = 2  # programs for each multiprocessor that a launch aims at
+
+# Several tiles even for the short sequences that the interpreter can take.
+INTERPRETER = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 1}
+
+
+def rule(arch: str, dtype: torch.dtype, headdim: int, headdim_v: int, rows: int) -> dict:
+    """Launch keywords of the split kernel; rows: queries times heads of a group.
+
+    They do not depend on the batch, so that with a fixed number of splits each sequence gets the
+    same bits alone and in a batch.
+    """
+    if arch == "interpreter":
+        return INTERPRETER
+    dim = max(block_dim(headdim), block_dim(headdim_v))
+    exact = dtype == torch.float32
+    block_m = min(max(16, 1 << (rows - 1).bit_length()), 16 if exact else 64 if dim <= 128 else 32)
+    block_n = (32 if dim <= 128 else 16) if exact else (64 if dim <= 128 else 32)
+    stages = 1 if arch.startswith("gfx") or exact else 2
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}
+
+
+def choose(q: torch.Tensor, headdim_v: int, rows: int) -> dict:
+    return rule(toolchain.arch(q.device), q.dtype, q.shape[3], headdim_v, rows)
+
+
+def splits(device: torch.device, programs: int, room: int, config: dict) -> int:
+    """Where the caller leaves it open: enough parts to fill the device, none below 4 tiles."""
+    most = max(1, room // (4 * config["BLOCK_N"]))
+    wanted = -(-WAVES * toolchain.processors(device) // programs)
+    return max(1, min(wanted, most, MAX_SPLITS))
