@@ -19,6 +19,13 @@ def test_the_forward_kernel_compiles(arch):
     assert result.registers > 0 and result.shared > 0 and result.instructions
 
 
+@pytest.mark.parametrize("arch", CHIPS)
+def test_the_decode_kernels_compile(arch):
+    results = list(gate((arch,), subset=True, only="decode "))
+    assert len(results) == 4
+    assert [problem for result in results for problem in result.problems] == []
+
+
 def test_a_spill_fails():
     large = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
     source = shipped.source("fwd", "sm_80", torch.bfloat16, 128, 128, "causal", large)

@@ -47,8 +47,8 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", TESTED, ids=lambda c: c.name)
 def test_oracle(case, dtype, monkeypatch):
-    if case.dtype == torch.bfloat16 and dtype != torch.bfloat16:
-        return
+    if case.dtype == torch.bfloat16 or case.headdim > 128:
+        dtype = torch.bfloat16
     inputs = make_inputs(replace(case, dtype=dtype))
     out, lse, *caches = run(inputs, "triton")
     ref_out, ref_lse, *_ = run(doubled(inputs), "reference")

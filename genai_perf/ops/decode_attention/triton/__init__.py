@@ -10,7 +10,8 @@ from ...._backends import triton as toolchain
 from ..options import New, Options
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEADDIM = 256
+# What the configurations hold in registers.
+MAX_HEADDIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 
 
 def why_not(q, k_cache, v_cache, *options) -> str | None:
@@ -18,9 +19,9 @@ def why_not(q, k_cache, v_cache, *options) -> str | None:
         return reason
     if q.dtype not in DTYPES:
         return f"triton takes q of float32, bfloat16 and float16, got {q.dtype}"
-    largest = max(q.shape[-1], v_cache.shape[-1])
-    if largest > MAX_HEADDIM:
-        return f"triton takes head dimensions up to {MAX_HEADDIM}, got {largest}"
+    largest, most = max(q.shape[-1], v_cache.shape[-1]), MAX_HEADDIM[q.dtype]
+    if largest > most:
+        return f"triton takes head dimensions up to {most} of {q.dtype}, got {largest}"
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1 and cache.shape[-1] != 1:
             return f"triton needs a {name} whose last dimension is contiguous"

@@ -16,7 +16,7 @@ COUNTS = (
 @triton.jit
 def cache_rows(batch, positions, valid, table_ptr, batch_idx_ptr, stride_table, page_size,
                stride_page, stride_slot, PAGED: tl.constexpr, INDEXED: tl.constexpr):  # fmt: skip
-    """64-bit offsets of the rows at `positions` of a sequence; no page is looked up where invalid."""
+    """64-bit offsets of the rows at `positions` of a sequence; an invalid one looks up no page."""
     if PAGED:
         entry = table_ptr + tl.cast(batch, tl.int64) * stride_table + positions // page_size
         page = tl.load(entry, mask=valid, other=0).to(tl.int64)
@@ -50,20 +50,22 @@ def decode(codes, dtype: tl.constexpr, CACHE: tl.constexpr):
 def encode(x, scale, dtype: tl.constexpr, CACHE: tl.constexpr):
     """x / scale in the type of the cache: rounded half to even, saturated."""
     if CACHE == FLOATS:
-        return x.to(dtype)
-    y = tl.div_rn(x, scale)
-    if CACHE == INT8:
+        coded = x
+    elif CACHE == INT8:
+        y = tl.div_rn(x, scale)
         bounded = tl.minimum(tl.maximum(tl.where(y == y, y, 0.0), -127.0), 127.0)
         # Adding 1.5 * 2^23 rounds to an integer, half to even.
-        return ((bounded + 12582912.0) - 12582912.0).to(tl.int32).to(tl.int8)
-    bits = y.to(tl.uint32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    size = bits & 0x7FFFFFFF
-    normal = (size - 0x3C000000 + 0x7FFFF + ((size >> 20) & 1)) >> 20
-    # Below 2^-6 in steps of 2^-9, rounded by an addition.
-    lifted = size.to(tl.float32, bitcast=True) + 16384.0
-    tiny = lifted.to(tl.uint32, bitcast=True) & 0xF
-    code = tl.where(size < 0x3C800000, tiny, normal)
-    code = tl.where(size >= 0x43E00000, 0x7E, code)
-    code = tl.where(size > 0x7F800000, 0x7F, code)
-    return (code | sign).to(tl.uint8)
+        coded = ((bounded + 12582912.0) - 12582912.0).to(tl.int32)
+    else:
+        bits = tl.div_rn(x, scale).to(tl.uint32, bitcast=True)
+        sign = (bits >> 24) & 0x80
+        size = bits & 0x7FFFFFFF
+        normal = (size - 0x3C000000 + 0x7FFFF + ((size >> 20) & 1)) >> 20
+        # Below 2^-6 in steps of 2^-9, rounded by an addition.
+        lifted = size.to(tl.float32, bitcast=True) + 16384.0
+        tiny = lifted.to(tl.uint32, bitcast=True) & 0xF
+        code = tl.where(size < 0x3C800000, tiny, normal)
+        code = tl.where(size >= 0x43E00000, 0x7E, code)
+        code = tl.where(size > 0x7F800000, 0x7F, code)
+        coded = code | sign
+    return coded.to(dtype)

@@ -1,8 +1,8 @@
 """Tile sizes, warps, stages and the number of splits: a rule, **not measured here**.
 
 Decoding waits for memory: tiles are as small in queries as the matrix instructions allow, and keys
-are split until every multiprocessor has a few programs. `make aot` checks that each compiles without
-spills.
+are split until every multiprocessor has a few programs. `make aot` checks that each compiles
+without spills.
 """
 
 import torch
@@ -27,11 +27,18 @@ def rule(arch: str, dtype: torch.dtype, headdim: int, headdim_v: int, rows: int)
     if arch == "interpreter":
         return INTERPRETER
     dim = max(block_dim(headdim), block_dim(headdim_v))
-    exact = dtype == torch.float32
-    block_m = min(max(16, 1 << (rows - 1).bit_length()), 16 if exact else 64 if dim <= 128 else 32)
-    block_n = (32 if dim <= 128 else 16) if exact else (64 if dim <= 128 else 32)
-    stages = 1 if arch.startswith("gfx") or exact else 2
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}
+    whole, amd = dtype == torch.float32, arch.startswith("gfx")
+    block_m = min(max(16, 1 << (rows - 1).bit_length()), 16 if whole else 64 if dim <= 128 else 32)
+    # Four warps spill in some combinations of options at 128 on sm_80 and up to 64 on later chips.
+    wide = not whole and not amd and (dim > 64) == (arch == "sm_80")
+    warps = 8 if dim > 128 or wide else 4
+    if whole:
+        block_n, stages = 32, 2 if dim <= 64 else 1
+    else:
+        block_n = 32 if amd and dim > 128 else 64
+        stages = {"sm_80": 3, "sm_100": 1}.get(arch, 2) if dim <= 64 else 2
+    stages = 1 if amd else stages
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def choose(q: torch.Tensor, headdim_v: int, rows: int) -> dict:

@@ -6,7 +6,7 @@ import torch
 
 from ...._backends.triton_aot import Source
 from ...attention.triton.problem import block_dim
-from . import configs
+from . import MAX_HEADDIM, configs
 from .append_kernels import _decode_append_kernel, _decode_rotate_kernel
 from .decode_kernels import _decode_merge_kernel, _decode_split_kernel
 
@@ -85,8 +85,9 @@ def sources(arch: str, *, subset: bool = False) -> Iterator[Source]:
             yield source("split", arch, half, dim, "same", feature)
         for cache in ("int8", "fp8"):
             yield source("split", arch, half, dim, cache, "causal paged")
-        yield source("split", arch, whole, dim, "same", "causal paged")
-        yield source("split", arch, whole, dim, "same", "everything")
+        if dim <= MAX_HEADDIM[whole]:
+            yield source("split", arch, whole, dim, "same", "causal paged")
+            yield source("split", arch, whole, dim, "same", "everything")
         yield source("split", arch, torch.float16, dim, "fp8", "everything")
         for rows in (32, 64):
             yield source("split", arch, half, dim, "same", "everything", rows)
