@@ -1,0 +1,116 @@
+"""Peak memory and time per block of compressing a large synthetic Llama (random bf16 weights).
+
+    python benchmarks/compress_memory.py FOLDER [--gigabytes 8] [--blocks 32] [--recipe int4-rtn]
+
+FOLDER gets the checkpoint and, for as long as it runs, the compressed copy: one and a half times
+the size in free space.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+HEAD, RATIO, VOCAB = 128, 2.75, 4096
+
+
+def config(gigabytes: float, blocks: int):
+    """A Llama with grouped queries whose blocks have the asked size together."""
+    from transformers import LlamaConfig
+
+    # 2 bytes x hidden^2 x (q and o, k and v of a quarter, three of the feed-forward)
+    hidden = int((gigabytes * 1e9 / blocks / (2 * (2 + 0.5 + 3 * RATIO))) ** 0.5) // 512 * 512
+    heads = hidden // HEAD
+    return LlamaConfig(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=int(hidden * RATIO),
+        num_attention_heads=heads, num_key_value_heads=heads // 4, num_hidden_layers=blocks,
+        max_position_embeddings=2048, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )  # fmt: skip
+
+
+def make(folder: Path, gigabytes: float, blocks: int) -> int:
+    """Writes the checkpoint tensor by tensor; returns its bytes."""
+    from accelerate import init_empty_weights
+    from transformers import LlamaForCausalLM
+
+    from genai_perf.io import ShardWriter
+
+    shape = config(gigabytes, blocks)
+    with init_empty_weights():
+        model = LlamaForCausalLM(shape)
+    total = 0
+    generator = torch.Generator().manual_seed(0)
+    with ShardWriter(folder, max_shard_size="2GB") as writer:
+        for name, parameter in model.named_parameters():
+            norm = parameter.dim() == 1
+            value = torch.ones(parameter.shape) if norm else torch.empty(parameter.shape)
+            value = value if norm else value.normal_(0, 0.02, generator=generator)
+            writer.write({name: value.to(torch.bfloat16)})
+            total += 2 * value.numel()
+        writer.commit(shape.to_dict())
+    return total
+
+
+def child(src: str, dst: str, recipe: str, windows: int) -> None:
+    """Compresses and prints seconds of each block and the peak resident bytes."""
+    import genai_perf as gp
+
+    warnings.simplefilter("ignore")  # few tokens
+    stamps = []
+
+    def progress(done, total, what):
+        if what != "embedding":
+            stamps.append(time.perf_counter())
+            print(f"{done}/{total}", file=sys.stderr, end="\r", flush=True)
+
+    chosen = gp.Recipe.of(recipe)
+    ids = None
+    if chosen.needs_calibration:
+        ids = torch.randint(0, VOCAB, (windows, 512), generator=torch.Generator().manual_seed(0))
+    gp.compress(src, dst, chosen, calibration=ids, progress=progress)
+    seconds = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": seconds, "peak": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=8)
+    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--recipe", nargs="+", default=["int4-rtn", "int4-gptq"])
+    parser.add_argument("--windows", type=int, default=8, help="calibration windows of 512 tokens")
+    a = parser.parse_args()
+    src, dst = a.folder / "src", a.folder / "dst"
+    if not src.exists():
+        make(src, a.gigabytes, a.blocks)
+    nbytes = sum(file.stat().st_size for file in src.glob("*.safetensors"))
+    print(f"{nbytes / 1e9:.2f} GB, {a.blocks} blocks, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads")  # fmt: skip
+    for recipe in a.recipe:
+        shutil.rmtree(dst, ignore_errors=True)
+        call = [sys.executable, __file__, "--child", str(src), str(dst), recipe, str(a.windows)]
+        done = subprocess.run(call, stdout=subprocess.PIPE, check=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        seconds = found["seconds"]
+        quarter = max(1, len(seconds) // 4)
+        first, last = (statistics.median(s) for s in (seconds[:quarter], seconds[-quarter:]))
+        print(f"{recipe}: peak resident {found['peak'] / 1e9:.2f} GB, block {first:.2f} s in the "
+              f"first quarter, {last:.2f} s in the last, {sum(seconds):.0f} s in all")  # fmt: skip
+    shutil.rmtree(dst, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:5], int(sys.argv[5]))
+    else:
+        main()
