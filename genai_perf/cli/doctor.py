@@ -4,6 +4,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.resources import files
 from typing import Annotated
@@ -74,11 +75,13 @@ def _calls(device: str) -> Iterator[tuple[str, Callable, tuple]]:
 
     import genai_perf as gp
 
-    from ..formats import FORMATS
+    from ..formats import FORMATS, sparse, sparse24
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         q = torch.zeros(1, 16, 4, 64, dtype=dtype, device=device)
         yield f"attention, {str(dtype)[6:]}", gp.attention, (q, q, q)
+        decode = partial(gp.decode_attention, cache_seqlens=16)
+        yield f"decode_attention, {str(dtype)[6:]}", decode, (q[:, :1], q, q)
     weight = torch.ones(128, 256)
     x = torch.ones(1, 256, device=device)
     for fmt in FORMATS:
@@ -86,6 +89,9 @@ def _calls(device: str) -> Iterator[tuple[str, Callable, tuple]]:
         yield f"quantize, {fmt}", gp.quantize, (weight.to(device), fmt)
         yield f"dequantize, {fmt}", gp.dequantize, (packed,)
         yield f"quant_matmul, {fmt}", gp.quant_matmul, (x, packed)
+    pruned = torch.tensor([1.0, 0, 0, 1.0]).repeat(128, 64)
+    yield "sparse_matmul, 2:4", gp.sparse_matmul, (x, sparse24.pack(pruned).to(device))
+    yield "sparse_matmul, bitmask", gp.sparse_matmul, (x, sparse.pack(pruned).to(device))
     logits, head = torch.zeros(2, 16, device=device), torch.zeros(16, 8, device=device)
     yield "distill_loss, logits", gp.distill.distillation_loss, (logits, logits)
     fused = gp.distill.fused_linear_distillation_loss
