@@ -222,7 +222,9 @@ def test_an_earlier_report_survives_a_failure(tiny_checkpoint, tmp_path):
 def test_ctrl_c_or_kill_leaves_nothing(number, code, tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "genai_perf", "demo", "--model", tiny_checkpoint, "--out", out]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that starts tests in the background has them ignore Ctrl-C, and that is inherited.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:  # fmt: skip
         deadline = time.monotonic() + 120
         while not any(out.rglob("*.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.05)  # until the first variant is written

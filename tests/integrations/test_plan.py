@@ -64,7 +64,7 @@ def test_qlora_holds_the_frozen_layers_packed(src):
     assert lora.weights - qlora.weights == weights * 4 - weights // 2 - weights // 64 * 4
 
 
-@pytest.mark.parametrize("recipe", ["int4-rtn", "int8-rtn", "nf4-rtn", "sparsegpt-2:4"])
+@pytest.mark.parametrize("recipe", ["int4-rtn", "int8-rtn", "nf4-rtn", "magnitude-2:4"])
 def test_sizes_after_compression_are_exact(src, tmp_path, recipe):
     ids = torch.randint(0, 4096, (4, 64))
     plan = plan_compression(src, recipe, n_samples=4, max_seqlen=64)
