@@ -223,8 +223,8 @@ def test_ctrl_c_or_kill_leaves_nothing(number, code, tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "genai_perf", "demo", "--model", tiny_checkpoint, "--out", out]
     # A shell that starts tests in the background has them ignore Ctrl-C, and that is inherited.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
-                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:  # fmt: skip
+    fresh = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **fresh) as process:
         deadline = time.monotonic() + 120
         while not any(out.rglob("*.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.05)  # until the first variant is written
