@@ -19,6 +19,7 @@ from genai_perf.bench import evaluate
 from genai_perf.bench.machine import machine
 
 METHODS = {
+    "0.5": ("magnitude-0.5", "wanda-0.5", "ria-0.5", "sparsegpt-0.5-faithful", "sparsegpt-0.5"),
     "2:4": ("magnitude-2:4", "wanda-2:4", "ria-2:4", "sparsegpt-2:4-faithful", "sparsegpt-2:4"),
     "0.7": ("wanda-0.7", "wanda-0.7-owl", "sparsegpt-0.7-faithful", "sparsegpt-0.7",
             "sparsegpt-0.7-owl"),
