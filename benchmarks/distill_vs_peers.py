@@ -7,7 +7,8 @@
 Forward and backward of a head's loss, forward KL, mean over tokens. Peers are left out, with the
 reason, where they are not installed or do not run on a CPU: `pip install --no-deps liger-kernel trl
 datasets multiprocess dill xxhash pyarrow pandas` beside this package. Times are interleaved,
-medians; memory is the growth of the peak in a fresh process beyond inputs, weights and the gradients that stay.
+medians; memory is the growth of the peak in a fresh process beyond inputs, weights and the
+gradients that stay.
 
 To see all without AVX-512 set, before the start: GENAI_PERF_ISA=avx2 ATEN_CPU_CAPABILITY=avx2
 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2.
