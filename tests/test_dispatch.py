@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch import library
 
 import genai_perf as gp
 from genai_perf._dispatch import Explanation, Op, explain
@@ -75,7 +76,7 @@ def test_reference_on_an_accelerator_warns_once(op):
 
 
 def test_opcheck_and_compile(op):
-    torch.library.opcheck(torch.ops.genai_perf.toy.default, (torch.randn(3, 3),))
+    library.opcheck(torch.ops.genai_perf.toy.default, (torch.randn(3, 3),))
     compiled = torch.compile(lambda x: op(x) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 3.0))
 

@@ -17,6 +17,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import library as torch_library
 from torch.overrides import TorchFunctionMode
 
 from .._checks import check_ndim, check_tensor, fail
@@ -122,15 +123,15 @@ def register() -> None:
 
 
 class _Handle:
-    def __init__(self, library: torch.library.Library):
-        self.library = library
+    def __init__(self, registered: torch_library.Library):
+        self.registered = registered
 
     def remove(self) -> None:
-        self.library._destroy()
+        self.registered._destroy()
 
 
 def _activate() -> _Handle:
-    library = torch.library.Library("aten", "IMPL", "CPU")
+    library = torch_library.Library("aten", "IMPL", "CPU")
     name = "_scaled_dot_product_flash_attention_for_cpu"
     library.impl(name, _cpu_forward, "CPU", allow_override=True)
     library.impl(f"{name}_backward", _cpu_backward, "CPU", allow_override=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import library, nn
 
 from genai_perf.distill import Logits, TopK, distillation_loss, fused_linear_distillation_loss
 from genai_perf.ops.distill_loss import cases
@@ -337,7 +337,7 @@ def test_a_sharded_weight_outside_of_its_module_is_refused():
 def test_opcheck():
     h, w, th, tw, labels = head()
     weights = (labels != -100).float() / 41
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.genai_perf.fused_linear_distillation.default,
         (h, w, None, th, tw, None, None, None, None, labels, weights, 131, 1 << 20, True, True,
          False, "jsd", 1.0, 0.5, 0.7, 0.3, "bin", 1.0, 1.0, 0.0, 1.0, 0.0),

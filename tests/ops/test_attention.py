@@ -6,26 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_checks import check_oracle, leaves, run, same_precision
+from torch import library
 
 import genai_perf as gp
-from genai_perf import _C
 from genai_perf.ops.attention import cases
 from genai_perf.testing.numerics import assert_close_to_oracle
 
 ORACLE_CASES = [c for c in cases.CASES if {"smoke", "edge"} & set(c.tags)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BY_NAME = {case.name: case for case in cases.CASES}
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request):
-    before = _C.isa()
-    try:
-        _C.force_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.force_isa(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -329,10 +318,10 @@ def test_opcheck():
     masks = (None, torch.ones(2, 1, 1, 1, dtype=torch.bool), torch.tensor([3, 4]))
     rest = (0, 0, -1, 0, 0.3, 2.0, 8, 8, 0.2)
     options = (bias, torch.zeros(2), torch.ones(2), None, *masks, *rest)
-    torch.library.opcheck(torch.ops.genai_perf.attention_fwd.default, (q, k, v, *options))
+    library.opcheck(torch.ops.genai_perf.attention_fwd.default, (q, k, v, *options))
     out, lse = gp.attention(q, k, v, return_lse=True)
     args = [x.detach() for x in (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse)]
-    torch.library.opcheck(torch.ops.genai_perf.attention_bwd.default, (*args, True, *options))
+    library.opcheck(torch.ops.genai_perf.attention_bwd.default, (*args, True, *options))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -6,9 +6,9 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 
 import genai_perf as gp
-from genai_perf import _C
 from genai_perf.ops.decode_attention import cases, reference
 from genai_perf.ops.decode_attention.cases import SCALED, make_inputs
 from genai_perf.testing.numerics import assert_close_to_oracle
@@ -16,17 +16,6 @@ from genai_perf.testing.numerics import assert_close_to_oracle
 TESTED = [c for c in cases.CASES if {"smoke", "edge"} & set(c.tags)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BY_NAME = {case.name: case for case in cases.CASES}
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request):
-    before = _C.isa()
-    try:
-        _C.force_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.force_isa(before)
 
 
 def copied(inputs: dict) -> dict:
@@ -432,7 +421,7 @@ def op_arguments(inputs: dict):
 @pytest.mark.parametrize("name", ["leftpad", "everything", "int8"])
 def test_opcheck(name):
     op, args = op_arguments(make_inputs(BY_NAME[name], poison=0.0))
-    torch.library.opcheck(op, args)
+    library.opcheck(op, args)
 
 
 def test_schema_says_what_is_written():

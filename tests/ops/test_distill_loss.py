@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 
 import genai_perf as gp
 from genai_perf.distill import TopK, distillation_loss
@@ -14,17 +15,6 @@ from genai_perf.testing.numerics import assert_close_to_oracle
 
 _C = pytest.importorskip("genai_perf._C", reason="the native extension is not built")
 EDGE = [case for case in cases.CASES if "edge" in case.tags]
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request):
-    before = _C.isa()
-    try:
-        _C.force_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.force_isa(before)
 
 
 def double(teacher):
@@ -336,9 +326,9 @@ def test_opcheck():
         options = ("jsd", 1.0, 0.5, 0.7, 0.3, "bin", 1.0, 1.0, 0.0, 1.0, 0.0)
         ops = torch.ops.genai_perf
         args = (student, dense, *kept, labels, weights)
-        torch.library.opcheck(ops.distill_loss.default, (*args, True, *options))
-        torch.library.opcheck(ops.distill_loss.default, (*args, False, *options))
-        torch.library.opcheck(ops.distill_loss_.default, (*args, *options))
+        library.opcheck(ops.distill_loss.default, (*args, True, *options))
+        library.opcheck(ops.distill_loss.default, (*args, False, *options))
+        library.opcheck(ops.distill_loss_.default, (*args, *options))
 
 
 def test_explain_names_native():

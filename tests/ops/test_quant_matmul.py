@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,17 +22,6 @@ from genai_perf.testing.numerics import assert_close_to_oracle
 
 _C = pytest.importorskip("genai_perf._C", reason="the native extension is not built")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request):
-    before = _C.isa()
-    try:
-        _C.force_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.force_isa(before)
 
 
 def make(m, n, k, weight="nf4", dtype=torch.float32, bias=True, seed=0):
@@ -245,11 +235,11 @@ def test_opcheck(weight):
         x, q, bias = make(m, 43, 172, weight)
         codes = q.qdata.view(torch.uint8) if weight == "fp8" else q.qdata
         args = (codes, q.scale, q.zero_point, q.nested_scale, q.scale_offset)
-        torch.library.opcheck(
+        library.opcheck(
             torch.ops.genai_perf.quant_matmul.default,
             (x.requires_grad_(), *args, bias.requires_grad_(), q.format, q.group_size, 43),
         )
-        torch.library.opcheck(
+        library.opcheck(
             torch.ops.genai_perf.quant_matmul_backward.default,
             (torch.randn(m, 43), *args, q.format, q.group_size, 172),
         )

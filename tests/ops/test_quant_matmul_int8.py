@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 import genai_perf as gp
 from genai_perf.nn import QuantConfig, QuantLinear, quantize_model
@@ -9,16 +10,6 @@ from genai_perf.testing.numerics import assert_close_to_oracle
 
 _C = pytest.importorskip("genai_perf._C", reason="the native extension is not built")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request):
-    try:
-        _C.force_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    _C.force_isa(_C.best_isa())
 
 
 def make(m, n, k, dtype=torch.float32, seed=0):
@@ -118,7 +109,7 @@ def test_gradients_go_straight_through():
 
 def test_operator_contract():
     x, weight, bias = make(3, 43, 172)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.genai_perf.quant_matmul_int8.default,
         (x.requires_grad_(), weight.qdata, weight.scale, bias.requires_grad_()),
     )

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import library
 
 import genai_perf as gp
 from genai_perf import formats
@@ -12,17 +13,6 @@ from genai_perf.ops.quantize.cases import CASES, VARIANTS, make_inputs
 
 native = pytest.importorskip("genai_perf._C", reason="the native extension is not built")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request):
-    before = native.isa()
-    try:
-        native.force_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.force_isa(before)
 
 
 def bits(tensor):
@@ -179,11 +169,11 @@ def test_opcheck(format, options, backend):
     x = torch.randn(6, 150)
     spec = formats.get(format).spec(**options)
     ops = torch.ops.genai_perf
-    torch.library.opcheck(ops.quantize.default, (x, format, *spec), {"backend": backend})
+    library.opcheck(ops.quantize.default, (x, format, *spec), {"backend": backend})
     qt = gp.quantize(x, format, **options)
     codes = qt.qdata.view(torch.uint8) if qt.qdata.is_floating_point() else qt.qdata
     args = (codes, qt.scale, qt.zero_point, qt.nested_scale, qt.scale_offset, format, qt.group_size)
-    torch.library.opcheck(ops.dequantize.default, (*args, [6, 150], torch.bfloat16),
+    library.opcheck(ops.dequantize.default, (*args, [6, 150], torch.bfloat16),
                           {"backend": backend})  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 
 import genai_perf as gp
 from genai_perf.formats import sparse, sparse24
@@ -13,17 +14,6 @@ from genai_perf.testing.numerics import assert_close_to_oracle
 
 _C = pytest.importorskip("genai_perf._C", reason="the native extension is not built")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request):
-    before = _C.isa()
-    try:
-        _C.force_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.force_isa(before)
 
 
 def make(m, n, k, layout="2:4", values="bfloat16", dtype=torch.float32, bias=True, seed=0):
@@ -143,9 +133,9 @@ def test_gradients_opcheck_and_compile(layout, m):
     torch.testing.assert_close(dx, dy @ w.to_dense(torch.float32))
     torch.testing.assert_close(dbias, dy.sum(0))
     args = (w.values, w.index, w.row_start, w.scale)
-    torch.library.opcheck(torch.ops.genai_perf.sparse_matmul.default,
+    library.opcheck(torch.ops.genai_perf.sparse_matmul.default,
                           (x, *args, bias, w.group_size, 43))  # fmt: skip
-    torch.library.opcheck(torch.ops.genai_perf.sparse_matmul_backward.default,
+    library.opcheck(torch.ops.genai_perf.sparse_matmul_backward.default,
                           (dy, *args, w.group_size, 172))  # fmt: skip
 
     def layer(x, bias):
