@@ -3,8 +3,9 @@
 `genai_perf.compress` is the call that goes from folder to folder.
 """
 
-from .recipe import GPTQ, RIA, RTN, Magnitude, Recipe, SparseGPT, Wanda
+from .recipe import Recipe
 from .report import LayerReport, Report
+from .steps import GPTQ, RIA, RTN, Magnitude, SparseGPT, Wanda
 
 __all__ = [
     "GPTQ", "RIA", "RTN", "LayerReport", "Magnitude", "Recipe", "Report", "SparseGPT", "Wanda",

@@ -8,7 +8,8 @@ from ..formats import QuantizedTensor
 from . import gptq, magnitude, ria, rtn, sparsegpt, wanda
 from .grid import IntGrid
 from .hessian import Inputs, relative_error
-from .recipe import GPTQ, RIA, RTN, Magnitude, Recipe, SparseGPT, Wanda
+from .recipe import Recipe
+from .steps import GPTQ, RIA, RTN, Magnitude, SparseGPT, Wanda
 
 
 @dataclass(frozen=True)

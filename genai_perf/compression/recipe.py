@@ -1,4 +1,4 @@
-"""What to do to a model, as data: frozen steps, names for the usual ones, and files."""
+"""What to do to a model, as data: steps, names for the usual ones, and files."""
 
 import json
 import re
@@ -6,164 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import ClassVar
 
 from .. import formats
-from .._checks import check_choice, fail
-from . import masks, owl, rules
-from .grid import IntGrid
+from .._checks import fail
+from . import rules
+from .steps import GPTQ, RIA, RTN, STEPS, Pruner, SparseGPT, Step, Wanda
 
-
-@dataclass(frozen=True)
-class RTN:
-    """Round to nearest in a format of `genai_perf.formats`; options as in `genai_perf.quantize`."""
-
-    format: str = "int4"
-    group_size: int | None = None
-    symmetric: bool = True
-    double_quant: bool = False
-    granularity: str | None = None
-    method: ClassVar[str] = "rtn"
-    prunes: ClassVar[bool] = False
-
-    def __post_init__(self):
-        formats.get(self.format).spec(**self.options())
-
-    def options(self) -> dict:
-        values = asdict(self)
-        values.pop("format")
-        return values
-
-    @property
-    def name(self) -> str:
-        return f"{self.format}-rtn"
-
-
-@dataclass(frozen=True)
-class GPTQ:
-    """GPTQ, with the options of `gptq.solve`.
-
-    act_order None is True where it can be: not after SparseGPT, whose block thresholds it would
-    upset, and not with scales="sweep". On stories260K it takes the excess loss of int4 from 0.086
-    to 0.076 nats (mean of 3 calibration seeds).
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = True
-    scales: str = "static"
-    search: bool = True
-    act_order: bool | None = None
-    damp_frac: float = 0.01
-    block_size: int = 128
-    method: ClassVar[str] = "gptq"
-    prunes: ClassVar[bool] = False
-
-    def __post_init__(self):
-        IntGrid(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
-        check_choice("GPTQ", "scales", self.scales, ("static", "sweep"))
-        if self.scales == "sweep" and self.act_order:
-            raise ValueError("GPTQ: act_order needs scales='static', got 'sweep'")
-        _check_solver(self)
-
-    @property
-    def format(self) -> str:
-        return f"int{self.bits}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.format}-gptq"
-
-
-@dataclass(frozen=True)
-class SparseGPT:
-    """SparseGPT, with the options of `sparsegpt.solve`; refined unless refine is None.
-
-    allocation "owl" gives each block its own sparsity (`owl`), which pays from some 60 %.
-    """
-
-    sparsity: float | None = None
-    pattern: str | None = None
-    refine: str | None = "cg"
-    search: int = 30
-    damp_frac: float = 0.01
-    block_size: int = 128
-    allocation: str | None = None
-    method: ClassVar[str] = "sparsegpt"
-    prunes: ClassVar[bool] = True
-
-    def __post_init__(self):
-        _check_pruner(self)
-        check_choice("SparseGPT", "refine", self.refine, (None, "cg"))
-        if isinstance(self.search, bool) or not isinstance(self.search, int) or self.search < 0:
-            fail("SparseGPT", "search", "a number of rounds, at least 0", repr(self.search))
-        _check_solver(self)
-
-    @property
-    def name(self) -> str:
-        return _pruner_name(self, faithful=self.refine is None)
-
-
-@dataclass(frozen=True)
-class Wanda:
-    """Wanda: |weight| times input norm, no update."""
-
-    sparsity: float | None = None
-    pattern: str | None = None
-    allocation: str | None = None
-    method: ClassVar[str] = "wanda"
-    prunes: ClassVar[bool] = True
-
-    def __post_init__(self):
-        _check_pruner(self)
-
-    @property
-    def name(self) -> str:
-        return _pruner_name(self)
-
-
-@dataclass(frozen=True)
-class RIA:
-    """RIA: a weight's share of its row and column, times a power of the input norm; no update."""
-
-    sparsity: float | None = None
-    pattern: str | None = None
-    power: float = 0.5
-    allocation: str | None = None
-    method: ClassVar[str] = "ria"
-    prunes: ClassVar[bool] = True
-
-    def __post_init__(self):
-        _check_pruner(self)
-        if not self.power >= 0:
-            fail("RIA", "power", "at least 0", self.power)
-
-    @property
-    def name(self) -> str:
-        return _pruner_name(self)
-
-
-@dataclass(frozen=True)
-class Magnitude:
-    """|weight| alone, no calibration needed (with allocation "owl" it is)."""
-
-    sparsity: float | None = None
-    pattern: str | None = None
-    allocation: str | None = None
-    method: ClassVar[str] = "magnitude"
-    prunes: ClassVar[bool] = True
-
-    def __post_init__(self):
-        _check_pruner(self)
-
-    @property
-    def name(self) -> str:
-        return _pruner_name(self)
-
-
-Pruner = SparseGPT | Wanda | RIA | Magnitude
-Step = RTN | GPTQ | Pruner
-_STEPS = {step.method: step for step in (RTN, GPTQ, SparseGPT, Wanda, RIA, Magnitude)}
 _PRUNER = r"(sparsegpt|wanda|ria|magnitude)-(\d+:\d+|\d*\.?\d+)(-faithful)?(?:-(owl))?"
 # Names for messages and completion; `Recipe.named` takes any fraction, pattern and combination.
 NAMES = (
@@ -199,7 +47,7 @@ class Recipe:
         object.__setattr__(self, "skip", tuple(self.skip))
         object.__setattr__(self, "rules", tuple((str(m), tuple(s)) for m, s in self.rules))
         if not self.steps or not all(isinstance(step, Step) for step in self.steps):
-            fail("Recipe", "steps", f"one or two of {', '.join(_STEPS)}", repr(self.steps))
+            fail("Recipe", "steps", f"one or two of {', '.join(STEPS)}", repr(self.steps))
         kinds = tuple(step.prunes for step in self.steps)
         if kinds not in ((True,), (False,), (True, False)):
             fail("Recipe", "steps", "one pruner, one quantizer, or a pruner and then a quantizer",
@@ -345,28 +193,6 @@ class Recipe:
                         f"got {type(value).__name__}")  # fmt: skip
 
 
-def _check_solver(step: GPTQ | SparseGPT) -> None:
-    if not step.damp_frac >= 0:
-        fail(type(step).__name__, "damp_frac", "at least 0", step.damp_frac)
-    if step.block_size < 1:
-        fail(type(step).__name__, "block_size", "positive", step.block_size)
-
-
-def _check_pruner(step: "Pruner") -> None:
-    name = type(step).__name__
-    masks.parse(name, step.sparsity, step.pattern)
-    check_choice(name, "allocation", step.allocation, owl.ALLOCATIONS)
-    if step.allocation and step.pattern:
-        raise ValueError(f"{name}: allocation needs sparsity: every group of {step.pattern} has "
-                         f"the same")  # fmt: skip
-
-
-def _pruner_name(step: "Pruner", *, faithful: bool = False) -> str:
-    amount = masks.parse(step.method, step.sparsity, step.pattern)
-    ends = ("-faithful" if faithful else "") + (f"-{step.allocation}" if step.allocation else "")
-    return f"{step.method}-{amount}{ends}"
-
-
 def _nearest(word: object, valid: tuple[str, ...]) -> str:
     close = get_close_matches(str(word), valid, n=1, cutoff=0.4)
     return f"did you mean {close[0]!r}? " if close else ""
@@ -386,7 +212,7 @@ def _step_named(part: str, name: str) -> Step:
     elif match := re.fullmatch(r"int([48])-gptq", part):
         return GPTQ(bits=int(match[1]), group_size=128 if match[1] == "4" else -1)
     elif match := re.fullmatch(_PRUNER, part):
-        step, amount = _STEPS[match[1]], match[2]
+        step, amount = STEPS[match[1]], match[2]
         options = {"pattern": amount} if ":" in amount else {"sparsity": float(amount)}
         if match[4]:
             options["allocation"] = match[4]
@@ -412,11 +238,11 @@ def _step_from(data: object) -> Step:
     if not isinstance(data, Mapping) or "method" not in data:
         fail("recipe", "each step", "a mapping with the key 'method'", repr(data)[:60])
     method = data["method"]
-    if method not in _STEPS:
-        raise ValueError(f"recipe: unknown method {method!r}; {_nearest(method, tuple(_STEPS))}"
-                         f"methods: {', '.join(_STEPS)}")  # fmt: skip
+    if method not in STEPS:
+        raise ValueError(f"recipe: unknown method {method!r}; {_nearest(method, tuple(STEPS))}"
+                         f"methods: {', '.join(STEPS)}")  # fmt: skip
     options = {key: value for key, value in data.items() if key != "method"}
-    step = _STEPS[method]
+    step = STEPS[method]
     _check_keys(f"recipe step {method!r}", options, tuple(f.name for f in fields(step)))
     try:
         return step(**options)

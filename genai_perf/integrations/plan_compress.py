@@ -13,7 +13,8 @@ from .. import formats
 from .._checks import check_choice, check_positive
 from ..compression.apply import BATCH_TOKENS
 from ..compression.layer import fitting_group_size
-from ..compression.recipe import GPTQ, RTN, Recipe, SparseGPT
+from ..compression.recipe import Recipe
+from ..compression.steps import GPTQ, RTN, SparseGPT
 from ..io.checkpoints import Checkpoint
 from . import skeleton
 from .fake import LiveBytes, without_data
