@@ -72,11 +72,22 @@ void bind_quantize(py::module_& m) {
       Release());
   m.def(
       "quantize_dynamic",
-      [](Address x, Address offset, int64_t n, int64_t block, Address bounds, Address start,
-         Address q, Address absmax, int threads) {
-        GP_KERNEL(quantize_dynamic)(as_pointer<float>(x), as_pointer<float>(offset), n, block,
-                                    as_pointer<float>(bounds), as_pointer<uint8_t>(start),
-                                    as_pointer<uint8_t>(q), as_pointer<float>(absmax), threads);
+      [](Address x, int dtype, Address offset, int64_t n, int64_t block, Address bound,
+         Address start, Address q, Address absmax, int threads) {
+        const gp::DynamicMap map{nullptr, as_pointer<float>(bound), as_pointer<uint8_t>(start)};
+        return GP_KERNEL(quantize_dynamic)(as_pointer<void>(x), DType(dtype),
+                                           as_pointer<float>(offset), n, block, map,
+                                           as_pointer<uint8_t>(q), as_pointer<float>(absmax),
+                                           threads);
+      },
+      Release());
+  m.def(
+      "dequantize_dynamic",
+      [](Address q, Address absmax, int64_t n, int64_t block, Address value, Address out, int dtype,
+         int threads) {
+        GP_KERNEL(dequantize_dynamic)(as_pointer<uint8_t>(q), as_pointer<float>(absmax), n, block,
+                                      as_pointer<float>(value), as_pointer<void>(out), DType(dtype),
+                                      threads);
       },
       Release());
   m.attr("DYNAMIC_BINS") = gp::kDynamicBins;

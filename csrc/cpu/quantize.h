@@ -54,12 +54,23 @@ GP_DECLARE_KERNEL(int, quantize_int4, const GroupArgs&, const void* x, DType dty
 GP_DECLARE_KERNEL(void, dequantize_int4, const GroupArgs&, const uint8_t* q, const void* scale,
                   const uint8_t* zero_point, void* out, DType dtype)
 
-// Blockwise 8-bit codes of a rising 256-value map, exactly the nearest. bounds: 255 midpoints; start:
-// for each bin of kBins below, the code of its smallest element (formats/dynamic_map.py makes both).
-// A bin is sign, exponent from -23 up and six bits of mantissa; none holds more than one bound.
+// A rising map of 256 values, signed or not, and how its nearest codes are found. bound: the midpoints
+// between neighbours, the last one +inf; start: for each bin the code of its smallest element, with
+// three bytes to spare behind the last. A bin is sign, exponent from -23 up and six bits of mantissa
+// (seven of an unsigned map); none holds more than one bound. formats/dynamic_map.py makes all three.
+struct DynamicMap {
+  const float* value;
+  const float* bound;
+  const uint8_t* start;
+};
 constexpr int kDynamicBins = 2 * 24 * 64;
-// *offset is first taken from each element, in place.
-GP_DECLARE_KERNEL(void, quantize_dynamic, float* x, const float* offset, int64_t n, int64_t block,
-                  const float* bounds, const uint8_t* start, uint8_t* q, float* absmax, int threads)
+constexpr int64_t kDynamicBlock = 4096;  // the largest
+
+// 8-bit codes of the signed map, in blocks of `block` consecutive elements of x - *offset (offset may
+// be null), each divided by the largest magnitude in its block.
+GP_DECLARE_KERNEL(int, quantize_dynamic, const void* x, DType dtype, const float* offset, int64_t n,
+                  int64_t block, const DynamicMap& map, uint8_t* q, float* absmax, int threads)
+GP_DECLARE_KERNEL(void, dequantize_dynamic, const uint8_t* q, const float* absmax, int64_t n,
+                  int64_t block, const float* value, void* out, DType dtype, int threads)
 
 }  // namespace gp

@@ -1,29 +1,15 @@
 #include "cpu/quantize.h"
 
 #include "common/codebooks.h"
-#include "common/parallel.h"
+#include "cpu/dynamic_map.h"
 #include "cpu/quantize_simd.h"
+#include "cpu/quantize_work.h"
 
 namespace gp {
 namespace GP_ISA {
 namespace {
 
-constexpr int64_t kChunk = 16384;  // elements of one work item: 64 KB of fp32, fits a core's L2
 constexpr float kTiny = 1.17549435e-38f;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// The first thing found, from any thread.
-class Found {
- public:
-  void set(QuantizeStatus status) { __atomic_store_n(&value_, int(status), __ATOMIC_RELAXED); }
-  int get() const { return __atomic_load_n(&value_, __ATOMIC_RELAXED); }
-
- private:
-  int value_ = 0;
-};
 
 // --- nibbles -------------------------------------------------------------------------------------
 
@@ -136,34 +122,28 @@ struct BookCode {
   vi part(int64_t i, int64_t n) const { return of(load_part<T>(x, first + i, n)); }
 };
 
-constexpr float kAbsmaxFloor = 1e-38f;
-
 }  // namespace
 
 int quantize_nf4(const void* x, DType dtype, int64_t n, int64_t block, uint8_t* q, float* absmax,
                  int threads) {
   const BookSearch search(NF4);
   Found found;
-  const int64_t blocks = ceil_div(n, block), per_item = most(1, kChunk / block);
   with_dtype(dtype, [&](auto typed) {
     constexpr DType T = decltype(typed)::value;
-    parallel_for(ceil_div(blocks, per_item), threads, [&](int64_t item, int) {
-      for (int64_t b = item * per_item; b < least(blocks, (item + 1) * per_item); ++b) {
-        const int64_t first = b * block, count = least(block, n - first);
-        const int32_t bits = absmax_bits<T>(x, first, count, false);
-        if (bits >= kInfBits) return found.set(QuantizeStatus::nonfinite);
-        const float largest = bits_to_float(uint32_t(bits));
-        const float floored = largest > kAbsmaxFloor ? largest : kAbsmaxFloor;
-        // The last partial block as bitsandbytes' CPU path has it; see formats/nf4.py.
-        uint8_t* to = q + first / 2;
-        if (count < block) {
-          absmax[b] = floored;
-          pack_nibbles<true>(to, count, 7, BookCode<T, true>{x, first, v_set(floored), search});
-        } else {
-          absmax[b] = largest;
-          const vf inverse = v_set(1.0f / floored);
-          pack_nibbles<true>(to, count, 7, BookCode<T, false>{x, first, inverse, search});
-        }
+    for_blocks(n, block, threads, [&](int64_t b, int64_t first, int64_t count) {
+      const int32_t bits = absmax_bits<T>(x, first, count, false);
+      if (bits >= kInfBits) return found.set(QuantizeStatus::nonfinite);
+      const float largest = bits_to_float(uint32_t(bits));
+      const float floored = largest > kAbsmaxFloor ? largest : kAbsmaxFloor;
+      // The last partial block as bitsandbytes' CPU path has it; see formats/nf4.py.
+      uint8_t* to = q + first / 2;
+      if (count < block) {
+        absmax[b] = floored;
+        pack_nibbles<true>(to, count, 7, BookCode<T, true>{x, first, v_set(floored), search});
+      } else {
+        absmax[b] = largest;
+        const vf inverse = v_set(1.0f / floored);
+        pack_nibbles<true>(to, count, 7, BookCode<T, false>{x, first, inverse, search});
       }
     });
   });
@@ -383,31 +363,6 @@ int quantize_scaled(const ScaledArgs& a, const void* x, DType dtype, uint8_t* q,
     }
   });
   return found.get();
-}
-
-// --- dynamic map ---------------------------------------------------------------------------------
-
-void quantize_dynamic(float* x, const float* offset, int64_t n, int64_t block,
-                      const float* bounds, const uint8_t* start, uint8_t* q, float* absmax, int threads) {
-  const int64_t blocks = ceil_div(n, block), per_item = most(1, kChunk / block);
-  parallel_for(ceil_div(blocks, per_item), threads, [&](int64_t item, int) {
-    for (int64_t b = item * per_item; b < least(blocks, (item + 1) * per_item); ++b) {
-      const int64_t first = b * block, last = least(n, first + block);
-      for (int64_t i = first; i < last; ++i) x[i] -= *offset;
-      const int32_t bits = absmax_bits<DType::f32>(x, first, last - first, false);
-      absmax[b] = bits_to_float(uint32_t(bits));
-      const float inverse = 1.0f / (absmax[b] > kAbsmaxFloor ? absmax[b] : kAbsmaxFloor);
-      for (int64_t i = first; i < last; ++i) {
-        float t = x[i] * inverse;
-        t = t < -1.0f ? -1.0f : t > 1.0f ? 1.0f : t;
-        const uint32_t u = float_to_bits(t);
-        const int32_t magnitude = int32_t((u & 0x7fffffffu) >> 17) - (104 << 6);
-        const int32_t bin = (magnitude > 0 ? magnitude : 0) + int32_t(u >> 31) * (kDynamicBins / 2);
-        const int code = start[bin];
-        q[i] = uint8_t(code + (code < 255 && t > bounds[code]));
-      }
-    }
-  });
 }
 
 }  // namespace GP_ISA

@@ -6,12 +6,10 @@ import torch
 
 from .._checks import check_choice
 from .base import Format, Layout, QuantizedTensor, Spec, ceil_div
-from .dynamic_map import decode_blocks, encode_blocks
+from .dynamic_map import ABSMAX_FLOOR, decode_blocks, encode_blocks
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
-# bitsandbytes divides by at least this, so that a block of zeros gives no NaN.
-ABSMAX_FLOOR = 1e-38
 
 # csrc/common/codebooks.h holds the same numbers; a test compares them.
 NF4 = (

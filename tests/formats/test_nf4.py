@@ -20,7 +20,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from genai_perf.formats import nf4
-from genai_perf.formats.dynamic_map import bin_starts, dynamic_bounds, dynamic_map, encode_blocks
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,10 +105,6 @@ def test_blocks_of_zeros_and_subnormals():
     assert_equals_bitsandbytes(torch.full((70,), 1e-42))
 
 
-def test_dynamic_map_equals_bitsandbytes():
-    assert torch.equal(dynamic_map(), bnb.create_dynamic_map())
-
-
 def test_double_quantization_against_bitsandbytes():
     x = torch.randn(512, 640, generator=torch.Generator().manual_seed(0))
     x *= torch.exp(2 * torch.randn(512, 1, generator=torch.Generator().manual_seed(1)))
@@ -127,34 +122,6 @@ def test_double_quantization_against_bitsandbytes():
     assert ours.mean() < theirs.mean()
     dense = bnb.dequantize_4bit(packed, state)
     torch.testing.assert_close(qt.dequantize(), dense, rtol=2e-7, atol=0)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(hnp.arrays("float32", st.integers(1, 300),
-                  elements=st.floats(-1, 1, width=32)))  # fmt: skip
-def test_dynamic_codes_are_exactly_the_nearest(array):
-    x = torch.from_numpy(np.append(array, np.float32(1)))
-    codes, absmax = encode_blocks(x, 512)
-    values = dynamic_map().double()
-    distance = (values[None] - x.double()[:, None]).abs()
-    assert absmax.tolist() == [1.0]
-    chosen = distance.gather(1, codes.long()[:, None])[:, 0]
-    # The bounds are fp32: a value within half an ulp of a midpoint may go to either side.
-    assert (chosen <= distance.min(1).values + 2.0**-25 * x.abs().double()).all()
-
-
-def test_the_bins_of_the_dynamic_map_hold_at_most_one_bound():
-    bounds, starts = dynamic_bounds(), bin_starts().long()
-    # Every float next to a bound, and every edge of a bin.
-    edges = ((torch.arange(24 * 64, dtype=torch.int32) + (104 << 6)) << 17).view(torch.float32)
-    x = torch.cat([bounds, torch.nextafter(bounds, bounds + 1), torch.nextafter(bounds, bounds - 1),
-                   edges, -edges, torch.nextafter(edges, edges * 0), torch.zeros(1)])  # fmt: skip
-    x = x[x.abs() <= 1]
-    magnitude = ((x.view(torch.int32) & 0x7FFFFFFF) >> 17) - (104 << 6)
-    bins = magnitude.clamp(min=0) + torch.signbit(x) * (24 * 64)
-    start = starts[bins.long()]
-    code = start + (x > torch.cat([bounds, torch.ones(1)])[start]) * (start < 255)
-    assert torch.equal(code, torch.bucketize(x, bounds))
 
 
 @pytest.mark.parametrize("huge", [1e38, 3.4e38])

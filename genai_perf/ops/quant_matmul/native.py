@@ -16,12 +16,20 @@ FORMAT_CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2, "nf4": 3, "int4": 4}
 
 def why_not(x, qdata, scale, zero_point, nested_scale, scale_offset, bias,
             format, group_size, n) -> str | None:  # fmt: skip
-    return native.why_not(x, qdata, scale, zero_point, nested_scale, scale_offset, bias)
+    return _no_kernel(format) or native.why_not(
+        x, qdata, scale, zero_point, nested_scale, scale_offset, bias
+    )
 
 
 def why_not_backward(dy, qdata, scale, zero_point, nested_scale, scale_offset,
                      format, group_size, k) -> str | None:  # fmt: skip
-    return native.why_not(dy, qdata, scale, zero_point, nested_scale, scale_offset)
+    return _no_kernel(format) or native.why_not(
+        dy, qdata, scale, zero_point, nested_scale, scale_offset
+    )
+
+
+def _no_kernel(format: str) -> str | None:
+    return None if format in FORMAT_CODES else f"native has no kernel for {format} weights"
 
 
 def forward(x, qdata, scale, zero_point, nested_scale, scale_offset, bias, format, group_size, n):

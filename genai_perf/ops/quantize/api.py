@@ -51,9 +51,10 @@ def quantize(x: torch.Tensor, format: str, *, group_size: int | None = None,
 
     Args:
         x: (..., K), fp32, bf16 or fp16, finite; a weight is (N, K) = (out_features, in_features).
-        format: a name of `genai_perf.formats.FORMATS`, such as "int8", "fp8", "nf4", "int4".
+        format: a name of `genai_perf.formats.FORMATS`: "int8", "fp8", "fp8_e5m2", "nf4", "int4",
+            "dynamic8".
         group_size: elements that share a scale. int4: along a row, a multiple of 8 (128) or -1 for
-            the row; nf4: consecutive ones, a power of two from 32 to 4096 (64).
+            the row; nf4 and dynamic8: consecutive ones, a power of two from 32 to 4096 (64; 256).
         double_quant: nf4: hold the scales in 8 bits too, 4.13 bits a weight instead of 4.5.
         symmetric: int4: no zero point.
         granularity: fp8: "tensor", "row" (the default) or "block" (128x128).

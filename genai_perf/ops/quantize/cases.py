@@ -32,6 +32,8 @@ VARIANTS = {
     "int4-row": ("int4", {"group_size": -1}),
     "int4-asym": ("int4", {"group_size": 32, "symmetric": False}),
     "int4-bf16": ("int4", {"group_size": 64, "scale_dtype": torch.bfloat16}),
+    "dynamic8": ("dynamic8", {}),
+    "dynamic8-b4096": ("dynamic8", {"group_size": 4096}),
     "int4-asym-fp16": ("int4", {"symmetric": False, "scale_dtype": torch.float16}),
 }
 EDGES = {

@@ -9,7 +9,7 @@ from ..._backends import native
 from ..._backends.native import DTYPE_CODES, lib, pointer, threads
 from ...formats import Spec, nf4
 from ...formats.base import check_finite, from_parts
-from ...formats.dynamic_map import bin_starts, dynamic_bounds, dynamic_map
+from ...formats.dynamic_map import dynamic_map, kernel_tables
 
 # csrc/cpu/quantize.h: how one element is held in a byte, and what a quantizer found.
 CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2}
@@ -78,11 +78,26 @@ def _quantize_nf4(x: torch.Tensor, spec: Spec, out: dict) -> int:
     if spec.double_quant and not status:
         # torch's own mean, in the order of summation that the reference has.
         out["scale_offset"] = nf4.mean(absmax)
-        lib().quantize_dynamic(pointer(absmax), pointer(out["scale_offset"]), blocks,
-                               nf4.NESTED_BLOCK, pointer(dynamic_bounds()), pointer(bin_starts()),
-                               pointer(out["scale"]), pointer(out["nested_scale"]),
-                               threads())  # fmt: skip
+        _dynamic_codes(absmax, out["scale_offset"], nf4.NESTED_BLOCK, out["scale"],
+                       out["nested_scale"])  # fmt: skip
     return status
+
+
+def _dynamic_codes(x, offset, block, codes, absmax) -> int:
+    _, bound, start = kernel_tables()
+    return lib().quantize_dynamic(pointer(x), DTYPE_CODES[x.dtype], pointer(offset), x.numel(),
+                                  block, pointer(bound), pointer(start), pointer(codes),
+                                  pointer(absmax), threads())  # fmt: skip
+
+
+def _quantize_dynamic8(x: torch.Tensor, spec: Spec, out: dict) -> int:
+    return _dynamic_codes(x, None, spec.group_size, out["qdata"], out["scale"])
+
+
+def _dequantize_dynamic8(qdata, scale, zero_point, nested, offset, format, group, out) -> None:
+    lib().dequantize_dynamic(pointer(qdata), pointer(scale), out.numel(), group,
+                             pointer(dynamic_map()), pointer(out), DTYPE_CODES[out.dtype],
+                             threads())  # fmt: skip
 
 
 def _dequantize_nf4(qdata, scale, zero_point, nested, offset, format, group_size, out) -> None:
@@ -117,8 +132,10 @@ def _encoder(format: str):
 _ENCODERS = {name: _encoder(name) for name in CODES} | {
     "nf4": _quantize_nf4,
     "int4": _quantize_int4,
+    "dynamic8": _quantize_dynamic8,
 }
 _DECODERS = dict.fromkeys(CODES, _dequantize_scaled) | {
     "nf4": _dequantize_nf4,
     "int4": _dequantize_int4,
+    "dynamic8": _dequantize_dynamic8,
 }
