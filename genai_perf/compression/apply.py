@@ -4,8 +4,8 @@ import ctypes
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableSequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,9 @@ from ..formats import QuantizedTensor
 from ..io import bitsandbytes, compressed_tensors
 from . import layer as one_layer
 from . import owl
-from .capture import inputs_of
+from .capture import Layer, inputs_of
+from .experts import Expert, has_calibrated_sibling
+from .fallback import without_calibration
 from .hessian import Hessian, Inputs
 from .recipe import Recipe
 from .report import LayerReport
@@ -40,10 +42,11 @@ class BlockModel(Protocol):
     def forward_block(self, i: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor: ...
     def block_tensors(self, i: int) -> dict[str, torch.Tensor]: ...
     def stored_dtype(self, name: str) -> torch.dtype: ...
-    def linears(self, i: int) -> dict[str, nn.Module]: ...
-    def get_weight(self, linear: nn.Module) -> torch.Tensor: ...
-    def as_rows(self, linear: nn.Module, weight: torch.Tensor) -> torch.Tensor: ...
-    def set_weight(self, linear: nn.Module, weight: torch.Tensor) -> None: ...
+    def linears(self, i: int) -> dict[str, Layer]: ...
+    def tensor_name(self, name: str, layer: Layer) -> str: ...
+    def get_weight(self, linear: Layer) -> torch.Tensor: ...
+    def as_rows(self, linear: Layer, weight: torch.Tensor) -> torch.Tensor: ...
+    def set_weight(self, linear: Layer, weight: torch.Tensor) -> None: ...
 
 
 class Store(Protocol):
@@ -175,7 +178,8 @@ def _compress_block(
     stored = _compress_linears(model, linears, hessians, recipe, int8, outcome)
     _advance(model, i, hidden, kwargs)
     tensors = model.block_tensors(i)
-    _note_untouched(tensors, linears, outcome)
+    known = {model.tensor_name(name, linear) for name, linear in linears.items()}
+    _note_untouched(tensors, known, outcome)
     for name, replacement in stored.items():
         del tensors[f"{name}.weight"]
         tensors |= replacement
@@ -197,9 +201,9 @@ def _replay_block(
     for name, linear in model.linears(i).items():
         if name in outcome.schemes:
             weight = _decode(name, tensors, outcome.schemes[name])
-            weight = weight.dequantize(model.stored_dtype(f"{name}.weight"))
+            weight = weight.dequantize(model.stored_dtype(model.tensor_name(name, linear)))
         else:
-            weight = model.as_rows(linear, tensors[f"{name}.weight"])
+            weight = model.as_rows(linear, tensors[model.tensor_name(name, linear)])
         model.set_weight(linear, weight)
     _advance(model, i, hidden, kwargs)
 
@@ -246,7 +250,7 @@ def _check_holdable(model: BlockModel, recipe: Recipe) -> None:
         for name, linear in model.linears(i).items():
             one = recipe.for_layer(name)
             quantizer = quantizers[name] = None if recipe.skips(name) else one.quantizer
-            if quantizer is None or quantizer.format == "nf4":
+            if quantizer is None or quantizer.format == "nf4" or isinstance(linear, Expert):
                 continue
             form = quantizer.format
             if form not in compressed_tensors.BITS:
@@ -263,7 +267,7 @@ def _check_holdable(model: BlockModel, recipe: Recipe) -> None:
 
 def _compress_linears(
     model: BlockModel,
-    linears: Mapping[str, nn.Module],
+    linears: Mapping[str, Layer],
     hessians: Mapping[str, Hessian],
     recipe: Recipe,
     int8: str,
@@ -275,18 +279,16 @@ def _compress_linears(
     for name, linear in linears.items():
         hessian = hessians.get(name)
         tokens = hessian.tokens if hessian else 0
-        weight = model.get_weight(linear).to(model.stored_dtype(f"{name}.weight"))
+        weight = model.get_weight(linear).to(model.stored_dtype(model.tensor_name(name, linear)))
         started = time.perf_counter()
-        if recipe.skips(name):
-            outcome.layers.append(_report(name, "dense", weight, None, 0.0, tokens, 0.0, ()))
+        one, notes = _recipe_of(name, linear, recipe, hessians)
+        if one is None:
+            outcome.layers.append(_report(name, "dense", weight, None, 0.0, tokens, 0.0, notes))
             continue
         if hessian is not None and hessian not in shared:
             shared = {
                 hessian: Inputs(hessian.matrix(), name=name)
             }  # layers that share one stand side by side
-        one = recipe.for_layer(name)
-        if hessian is None and one.needs_calibration:
-            raise CalibrationError(f"{name}: no calibration token reached this layer")
         result = one_layer.compress(weight, shared.get(hessian), one, name=name)
         model.set_weight(linear, result.weight)
         tensors = None
@@ -296,9 +298,31 @@ def _compress_linears(
             stored[name] = tensors
         outcome.layers.append(
             _report(name, one.name, result.weight, result.qweight, result.error, tokens,
-                    time.perf_counter() - started, result.notes)
+                    time.perf_counter() - started, notes + result.notes)
         )  # fmt: skip
     return stored
+
+
+def _recipe_of(
+    name: str, layer: Layer, recipe: Recipe, calibrated: Collection[str]
+) -> tuple[Recipe | None, tuple[str, ...]]:
+    """What to do to one layer, None where it stays dense, and what is not as the recipe says."""
+    if recipe.skips(name):
+        return None, ()
+    one, notes = recipe.for_layer(name), ()
+    if isinstance(layer, Expert) and one.quantizer:
+        notes = (f"not quantized to {one.quantizer.format}: it is stacked with other experts, "
+                 f"which no checkpoint format here holds",)  # fmt: skip
+        if one.pruner is None:
+            return None, notes
+        one = replace(one, steps=(one.pruner,))
+    if name not in calibrated and one.needs_calibration:
+        if not has_calibrated_sibling(name, calibrated):
+            raise CalibrationError(f"{name}: no calibration token reached this layer")
+        instead = without_calibration(one)
+        notes += (f"no calibration token was routed to it: {instead.name} in place of {one.name}",)
+        one = instead
+    return one, notes
 
 
 def _encode(
@@ -335,12 +359,11 @@ def _report(name, recipe, weight, qweight, error, tokens, seconds, notes) -> Lay
     )
 
 
-def _note_untouched(tensors: Mapping, linears: Mapping, outcome: Outcome) -> None:
-    """Matrices of a block outside its linears, such as experts stacked in one tensor, stay dense,
-    and the report says so."""
-    known = {f"{name}.weight" for name in linears}
+def _note_untouched(tensors: Mapping, known: Collection[str], outcome: Outcome) -> None:
+    """Matrices of a block outside its linears, such as a router's, stay dense, and the report says
+    so."""
     for name, tensor in tensors.items():
-        if tensor.dim() >= 2 and name not in known:
+        if tensor.dim() >= 2 and name not in known and not name.endswith("bias"):
             outcome.notes.append(f"{name}: left dense: it belongs to no linear layer")
 
 

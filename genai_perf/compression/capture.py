@@ -1,15 +1,44 @@
-"""Hessians of a block's linear layers, collected while the block runs."""
+"""Inputs of a block's layers, seen while the block runs, and the Hessians they add up to."""
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
 from .._errors import CalibrationError
+from .experts import Expert, Watch
 from .hessian import Hessian
+
+Layer = nn.Module | Expert
+
+
+@contextmanager
+def watched(
+    layers: Mapping[str, Layer], seen: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """While the `with` lasts, `seen(full name, x)` is called with every input x (..., in_features)
+    of every one of `layers`, before a module runs and after an expert ran."""
+
+    def hook(name: str):
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen(name, args[0] if args else kwargs["input"])
+
+        return before
+
+    with ExitStack() as stack:
+        stacked = {}
+        for name, layer in layers.items():
+            if isinstance(layer, Expert):
+                stacked[name] = layer
+            else:
+                handle = layer.register_forward_pre_hook(hook(name), with_kwargs=True)
+                stack.callback(handle.remove)
+        if stacked:
+            stack.enter_context(Watch(stacked, seen))
+        yield
 
 
 class Capture:
@@ -49,24 +78,11 @@ class Capture:
 
 
 @contextmanager
-def inputs_of(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Hessian]]:
-    """While the `with` lasts, the inputs of `linears` (full name -> module) are added up in the
-    Hessians, by full name, that it yields."""
+def inputs_of(layers: Mapping[str, Layer]) -> Iterator[dict[str, Hessian]]:
+    """While the `with` lasts, the inputs of `layers` (by full name) are added up in the Hessians,
+    by full name, that it yields. A layer that is never called, such as an expert to which no token
+    is routed, has none."""
     capture = Capture()
-
-    def hook(name: str):
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            capture.add(name, args[0] if args else kwargs["input"])
-
-        return before
-
-    handles = [
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, module in linears.items()
-    ]
-    try:
+    with watched(layers, capture.add):
         yield capture.hessians
-        capture.check()
-    finally:
-        for handle in handles:
-            handle.remove()
+    capture.check()

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from .._checks import check_positive, fail
+from .capture import Layer, watched
 
 ALLOCATIONS = (None, "owl")
 # The paper's hyper-parameters M and lambda: an outlier is this many times the mean, and no block's
@@ -16,28 +16,17 @@ THRESHOLD, SPREAD = 5.0, 0.08
 
 
 @contextmanager
-def input_energies(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+def input_energies(linears: Mapping[str, Layer]) -> Iterator[dict[str, torch.Tensor]]:
     """While the `with` lasts, adds up the squares of each linear's inputs: full name -> (columns,)
     in the dict that it yields."""
     sums: dict[str, torch.Tensor] = {}
 
-    def hook(name: str):
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = (args[0] if args else kwargs["input"]).detach().float()
-            energy = x.reshape(-1, x.shape[-1]).square().sum(0)
-            sums[name] = sums[name] + energy if name in sums else energy
+    def seen(name: str, x: torch.Tensor) -> None:
+        energy = x.detach().float().reshape(-1, x.shape[-1]).square().sum(0)
+        sums[name] = sums[name] + energy if name in sums else energy
 
-        return before
-
-    handles = [
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, module in linears.items()
-    ]
-    try:
+    with watched(linears, seen):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def outlier_ratio(

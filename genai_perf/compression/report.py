@@ -107,7 +107,7 @@ class Report:
         return cls.from_dict(json.loads((Path(folder) / "report.json").read_text("utf-8")))
 
     def __str__(self) -> str:
-        """A short summary: sizes, time, the worst layer, every note."""
+        """A short summary: sizes, time, the worst layer, every note, equal ones once."""
         lines = [
             f"{self.source} -> {self.name}: {self.nbytes_before / 1e6:.1f} MB -> "
             f"{self.nbytes_after / 1e6:.1f} MB in {self.seconds:.1f} s, mean relative error of "
@@ -117,5 +117,11 @@ class Report:
             worst = max(self.layers, key=lambda layer: layer.error)
             lines.append(f"largest error {worst.error:.4f}: {worst.name}")
         lines += self.notes
-        lines += [f"{layer.name}: {note}" for layer in self.layers for note in layer.notes]
+        named: dict[str, list[str]] = {}
+        for layer in self.layers:
+            for note in layer.notes:
+                named.setdefault(note, []).append(layer.name)
+        for note, names in named.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"{names[0]}{more}: {note}")
         return "\n".join(lines)

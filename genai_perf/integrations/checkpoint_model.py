@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from .._errors import CalibrationError, CheckpointError
+from ..compression import experts
+from ..compression.capture import Layer
 from ..io.checkpoints import Checkpoint, check_finite
 from . import skeleton
 
@@ -142,25 +144,43 @@ class CheckpointModel:
         """The dtype in which the checkpoint holds a tensor of the model."""
         return self.checkpoint.info(self.names.find(name)[0]).dtype
 
-    def linears(self, i: int) -> dict[str, nn.Module]:
-        """Block i's linear layers, nn.Linear and Conv1D, by full module name."""
+    def linears(self, i: int) -> dict[str, Layer]:
+        """Block i's linear layers by full name: nn.Linear and Conv1D, and every expert of stacked
+        ones as "<experts>.<index>.<parameter>"."""
         prefix, block = self.blocks[i]
-        return {f"{prefix}.{name}": module for name, module in block.named_modules()
-                if skeleton.is_linear(module)}  # fmt: skip
+        modules = {name: module for name, module in block.named_modules()
+                   if skeleton.is_linear(module)}  # fmt: skip
+        found = modules | experts.find(block)
+        return {f"{prefix}.{name}": layer for name, layer in found.items()}
 
     @staticmethod
-    def as_rows(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-        """A weight as `linear` holds it -> (out_features, in_features), a view: Conv1D's is
-        transposed."""
-        return weight.T if skeleton.is_conv1d(linear) else weight
+    def tensor_name(name: str, layer: Layer) -> str:
+        """The tensor that holds the weight of the layer of this full name: an expert's is its
+        stack."""
+        if isinstance(layer, experts.Expert):
+            return f"{name.rsplit('.', 2)[0]}.{layer.parameter}"
+        return f"{name}.weight"
 
-    def get_weight(self, linear: nn.Module) -> torch.Tensor:
+    @staticmethod
+    def as_rows(layer: Layer, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor of `tensor_name` -> the layer's (out_features, in_features), a view: Conv1D's
+        is transposed."""
+        if isinstance(layer, experts.Expert):
+            return layer.rows(tensor)
+        return tensor.T if skeleton.is_conv1d(layer) else tensor
+
+    def get_weight(self, layer: Layer) -> torch.Tensor:
         """The weight as (out_features, in_features), a view."""
-        return self.as_rows(linear, linear.weight.detach())
+        if isinstance(layer, experts.Expert):
+            return layer.weight
+        return self.as_rows(layer, layer.weight.detach())
 
     @staticmethod
-    def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
+    def set_weight(linear: Layer, weight: torch.Tensor) -> None:
         """Replaces the weight by (out_features, in_features) values, kept in the layer's dtype."""
+        if isinstance(linear, experts.Expert):
+            linear.weight.copy_(weight)
+            return
         value = (weight.T if skeleton.is_conv1d(linear) else weight).contiguous()
         old = linear.weight
         linear.weight = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)

@@ -13,7 +13,8 @@ from ..io.checkpoints import CONFIG, Checkpoint
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> nn.Module:
-    """The transformers model of a checkpoint: parameters on the meta device, buffers real.
+    """The transformers model of a checkpoint: parameters on the meta device, buffers real, stacked
+    experts run one by one, which calibration can follow.
 
     Only classes that the installed transformers has are used; code that the folder carries
     (`auto_map`) is never run.
@@ -42,7 +43,9 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> nn.Module
         config = CONFIG_MAPPING[model_type].from_dict(checkpoint.config)
         config.dtype = dtype or config.dtype or stored_dtype(checkpoint)
         with init_empty_weights(include_buffers=False):
-            model = getattr(transformers, architecture)._from_config(config, dtype=config.dtype)
+            model = getattr(transformers, architecture)._from_config(
+                config, dtype=config.dtype, experts_implementation="eager"
+            )
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{file}: transformers refuses this config: {reason}") from error

@@ -214,12 +214,6 @@ def test_without_calibration_errors_are_of_weights(saved, tmp_path):
     assert layer.error == pytest.approx(float(lost), rel=1e-4)
 
 
-def test_stacked_experts_are_named_as_left_dense(saved, tmp_path):
-    report = gp.compress(saved("mixtral"), tmp_path / "out", "int8-rtn", calibration=IDS)
-    assert any("experts.gate_up_proj: left dense" in note for note in report.notes)
-    assert "experts.down_proj: left dense" in str(report)
-
-
 def test_few_tokens_are_warned_of(saved, tmp_path):
     with pytest.warns(UserWarning, match=r"21 layers saw fewer.*24 tokens for 64"):
         gp.compress(saved("llama"), tmp_path / "out", "int4-gptq", calibration=IDS[:3, :8])

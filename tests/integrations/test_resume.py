@@ -59,6 +59,7 @@ BF16 = torch.bfloat16
     ("llama", torch.float32, "fp8-rtn", {}),
     ("gpt2", torch.float32, "sparsegpt-2:4", {"activations": "disk"}),
     ("gpt2", BF16, "nf4-rtn", {}),
+    ("gpt-oss", BF16, "sparsegpt-2:4", {}),
     ("opt", torch.float32, Recipe((SparseGPT(sparsity=0.5), GPTQ(group_size=32))),
      {"max_shard_size": 60_000}),
 ])  # fmt: skip

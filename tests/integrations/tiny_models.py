@@ -4,6 +4,7 @@ import torch
 
 SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
              num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def configs() -> dict[str, tuple]:
@@ -24,6 +25,12 @@ def configs() -> dict[str, tuple]:
                                   word_embed_proj_dim=64)),
         "phi3": (t.Phi3Config, {**grouped, "pad_token_id": 0}),
         "mixtral": (t.MixtralConfig, {**grouped, "num_local_experts": 4}),
+        "qwen3-moe": (t.Qwen3MoeConfig, {**grouped, "head_dim": 16, "num_experts": 8,
+                                         "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+        "gpt-oss": (t.GptOssConfig, {**grouped, "head_dim": 16, "num_local_experts": 4,
+                                     "num_experts_per_tok": 2, "rope_parameters": PLAIN_ROPE}),
+        "llama4": (t.Llama4TextConfig, {**grouped, "head_dim": 16, "intermediate_size_mlp": 128,
+                                        "num_local_experts": 4, "num_experts_per_tok": 1}),
         "gpt-neox": (t.GPTNeoXConfig, SIZES),
         "bert": (t.BertConfig, SIZES),
     }  # fmt: skip

@@ -1,0 +1,23 @@
+"""What stands in for a recipe on a layer that no calibration token reached."""
+
+from .recipe import GPTQ, RTN, Magnitude, Recipe
+
+
+def without_calibration(recipe: Recipe) -> Recipe:
+    """The recipe with steps that need no calibration: every pruner is Magnitude at the same
+    sparsity or pattern, GPTQ is RTN to the same format.
+
+    Args:
+        recipe: of one layer, without rules.
+    """
+    steps = []
+    if (pruner := recipe.pruner) is not None:
+        steps.append(Magnitude(sparsity=pruner.sparsity, pattern=pruner.pattern))
+    quantizer = recipe.quantizer
+    if isinstance(quantizer, GPTQ):
+        whole_row = quantizer.bits == 8  # int8 has a scale for each row
+        quantizer = RTN(quantizer.format, symmetric=quantizer.symmetric,
+                        group_size=None if whole_row else quantizer.group_size)  # fmt: skip
+    if quantizer is not None:
+        steps.append(quantizer)
+    return Recipe(tuple(steps), recipe.skip)
