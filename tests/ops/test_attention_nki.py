@@ -149,10 +149,10 @@ def estimate(generation: str, seqlen: int, dim: int, causal: bool):
 
 
 @pytest.mark.parametrize("generation, causal, of_peak, tensor", (
-    ("gen3", False, 0.60, 0.85), ("gen3", True, 0.55, 0.80), ("gen4", False, 0.60, 0.85),
+    ("gen3", False, 0.65, 0.80), ("gen3", True, 0.62, 0.80), ("gen4", False, 0.65, 0.80),
 ))  # fmt: skip
 def test_the_tensor_engine_is_kept_busy(generation, causal, of_peak, tensor):
     """8k tokens of head dimension 128; an estimate, which a change of the kernel must not lower."""
     report = estimate(generation, 8192, 128, causal)
     assert report.of_peak >= of_peak and report.share("tensor") >= tensor
-    assert report.engines["dma"].seconds < 0.5 * report.seconds
+    assert report.engines["dma"].seconds < 0.7 * report.seconds

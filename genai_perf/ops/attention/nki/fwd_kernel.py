@@ -18,13 +18,15 @@ from .geometry import (
     may_be_blind,
     tiles,
 )
-from .tiles import head_rows, key_bounds, load_rows, new_transposed, product, transpose_into
+from .tiles import head_rows, key_bounds, load_transposed, new_transposed, product
 
 # A maximum below every score and above the value of a masked one, so that nothing is inf - inf.
 NO_MAXIMUM = -1e30
 SMALLEST_SUM = 2.0**-60
 # K^T and V of a head stay in SBUF up to this many bytes of a partition.
 RESIDENT_BYTES = 112 * 1024
+# Blocks of P, of a tile's four, that the tensor engine turns; DMA turns the others.
+BY_ENGINE = 2
 # Tiles of queries that share a load of K and V where these do not stay.
 SHARING = 8
 
@@ -134,8 +136,7 @@ def load_section(k_hbm, v_hbm, b, hk, k0, nk, work):
     v_sb = nl.ndarray((BLOCK, len(blocks), dim_v), dtype=work.dtype, buffer=nl.sbuf)
     for i in range(len(blocks)):
         start, size = blocks[i]
-        k_sb = load_rows(k_hbm, b, hk, k0 + start, size)
-        transpose_into(k_chunks, start, k_sb, work.loads, size, dim)
+        load_transposed(k_chunks, start, k_hbm, b, hk, k0 + start, size, work.loads)
         nisa.dma_copy(dst=v_sb[0:size, i, :], src=head_rows(v_hbm, b, hk, k0 + start, size))
     return Keys(k0, nk, k_chunks, v_sb)
 
@@ -147,9 +148,8 @@ def begin(q_hbm, sinks_hbm, has_sinks, b, head, q0, nq, seqlen_k, softmax_scale,
     factor = softcap if softcap > 0 else softmax_scale
     state = State(q0, nq, factor, (seqlen_q, seqlen_k, left, right, softmax_scale, softcap))
     state.has_sinks = has_sinks
-    q_sb = load_rows(q_hbm, b, head, q0, nq)
     state.q_chunks = new_transposed(dim, nq, work.dtype)
-    transpose_into(state.q_chunks, 0, q_sb, work.loads, nq, dim)
+    load_transposed(state.q_chunks, 0, q_hbm, b, head, q0, nq, work.loads)
     state.top = nl.ndarray((nq, 1), dtype=nl.float32, buffer=nl.sbuf)  # of raw scores
     state.total = nl.ndarray((nq, 1), dtype=nl.float32, buffer=nl.sbuf)
     state.out = nl.ndarray((nq, dim_v), dtype=nl.float32, buffer=nl.sbuf)
@@ -254,11 +254,7 @@ def times_values(weights, pieces, keys, nq, work):
     for i in range(len(pieces)):
         k0, nk = pieces[i]
         blocks = tiles(0, nk, BLOCK)
-        turned_psum = work.turned[i % 2]
-        turned_sb = nl.ndarray((BLOCK, len(blocks), nq), dtype=work.dtype, buffer=nl.sbuf)
-        for j in range(len(blocks)):
-            start, size = blocks[j]
-            transpose_block(turned_sb, turned_psum, weights[i], j, start, size, nq, work)
+        turned_sb = transposed(weights[i], work.turned[i % 2], blocks, nq, work, i % 4 == 0)
         for j in range(len(blocks)):
             start, size = blocks[j]
             at = (k0 - keys.k0 + start) // BLOCK
@@ -271,19 +267,29 @@ def times_values(weights, pieces, keys, nq, work):
             first = False
 
 
-def transpose_block(turned_sb, turned_psum, p_sb, j, start, size, nq, work):
-    """One block of P^T. Of four, DMA turns one (two-byte types only); the tensor engine's three
-    leave PSUM once through Vector, which also has the maxima, and twice through Scalar."""
-    block = p_sb[0:nq, start : start + size]
-    if j == 3 and work.dtype != nl.float32:
-        nisa.dma_transpose(dst=turned_sb[0:size, j, :], src=block, axes=(1, 0))
-        return
-    nisa.nc_transpose(dst=turned_psum[0:size, j, 0:nq], data=block, engine=nisa.engine.tensor)
-    nisa.tensor_copy(
-        dst=turned_sb[0:size, j, :],
-        src=turned_psum[0:size, j, 0:nq],
-        engine=nisa.engine.vector if j == 0 else nisa.engine.scalar,
-    )
+def transposed(p_sb, turned_psum, blocks, nq, work, by_vector):
+    """P^T (128, blocks, nq). Of a tile's four blocks DMA turns the last two in one go (two-byte
+    types only); the tensor engine's leave PSUM through Scalar, and of one tile in four the first
+    through Vector, which also has the maxima."""
+    turned_sb = nl.ndarray((BLOCK, len(blocks), nq), dtype=work.dtype, buffer=nl.sbuf)
+    by_engine = len(blocks)
+    if work.dtype != nl.float32 and blocks[-1][1] == BLOCK:
+        by_engine = min(BY_ENGINE, len(blocks))
+    for j in range(by_engine):
+        start, size = blocks[j]
+        nisa.nc_transpose(dst=turned_psum[0:size, j, 0:nq], data=p_sb[0:nq, start : start + size],
+                          engine=nisa.engine.tensor)  # fmt: skip
+        nisa.tensor_copy(
+            dst=turned_sb[0:size, j, :],
+            src=turned_psum[0:size, j, 0:nq],
+            engine=nisa.engine.vector if by_vector and j == 0 else nisa.engine.scalar,
+        )
+    count = len(blocks) - by_engine
+    if count > 0:
+        source = p_sb[0:nq, by_engine * BLOCK : (by_engine + count) * BLOCK]
+        nisa.dma_transpose(dst=turned_sb[:, by_engine:, :],
+                           src=source.reshape((nq, count, BLOCK)), axes=(2, 1, 0))  # fmt: skip
+    return turned_sb
 
 
 def accumulate(state, top_sb, shift_sb, part_sb, work):

@@ -34,6 +34,21 @@ def transpose_into(dst_chunks, column, x_sb, x_psum, count, dim):
         nisa.tensor_copy(dst=dst_chunks[c][0:size, column : column + count], src=turned_psum)
 
 
+def load_transposed(dst_chunks, column, x_hbm, batch, head, row, count, x_psum):
+    """dst_chunks as in transpose_into, from HBM: by DMA, or for fp32 by the tensor engine."""
+    dim = x_hbm.shape[3]
+    if x_hbm.dtype == nl.float32:
+        x_sb = load_rows(x_hbm, batch, head, row, count)
+        transpose_into(dst_chunks, column, x_sb, x_psum, count, dim)
+    else:
+        for c, (start, size) in enumerate(tiles(0, dim, BLOCK)):
+            seqlen, heads = x_hbm.shape[1], x_hbm.shape[2]
+            offset = ((batch * seqlen + row) * heads + head) * dim + start
+            source = x_hbm.ap(pattern=[[heads * dim, count], [1, size]], offset=offset)
+            nisa.dma_transpose(dst=dst_chunks[c][0:size, column : column + count], src=source,
+                               axes=(1, 0))  # fmt: skip
+
+
 def new_transposed(dim, columns, dtype):
     """Tiles for a transposed (columns, dim) tensor: one for every 128 of dim."""
     chunks = []
