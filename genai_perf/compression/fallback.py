@@ -1,6 +1,7 @@
 """What stands in for a recipe on a layer that no calibration token reached."""
 
-from .recipe import GPTQ, RTN, Magnitude, Recipe
+from .recipe import Recipe
+from .steps import GPTQ, RTN, Magnitude
 
 
 def without_calibration(recipe: Recipe) -> Recipe:
