@@ -74,7 +74,62 @@ void prune_group(const SparseGptBlock& b, int64_t c0, int64_t width, int64_t cou
   }
 }
 
+inline vf nearest(vf w, vf scale, vf inverse, vf zero, vf low, vf high) {
+  const vf code = v_add(v_round(v_mul(w, inverse)), zero);
+  return v_mul(v_sub(v_min(v_max(code, low), high), zero), scale);
+}
+
+// The grid points of one column of LANES rows, of which the first `used` are there.
+void round_to_grid(const SparseGptBlock& b, int64_t at, int64_t used, float* w) {
+  float scale[LANES], zero[LANES];
+  for (int64_t l = 0; l < LANES; ++l) {
+    scale[l] = l < used ? b.scale[at + l] : 1.0f;
+    zero[l] = l < used ? b.zero[at + l] : 0.0f;
+  }
+  const vf low = v_set(b.low), high = v_set(b.high);
+  for (int v = 0; v < LANES; v += VL) {
+    const vf s = v_load(scale + v), z = v_load(zero + v);
+    const vf code = v_add(v_round(v_div(v_load(w + v), s)), z);
+    v_store(w + v, v_mul(v_sub(v_min(v_max(code, low), high), z), s));
+  }
+}
+
 }  // namespace
+
+void grid_search(const GridSearch& g) {
+  parallel_for((g.rows + LANES - 1) / LANES, g.threads, [&](int64_t item, int) {
+    const int64_t r0 = item * LANES, used = g.rows - r0 < LANES ? g.rows - r0 : LANES;
+    const vf low = v_set(g.low), high = v_set(g.high);
+    for (int64_t v0 = 0; v0 < used; v0 += VL) {
+      const int n = static_cast<int>(used - v0 < VL ? used - v0 : VL);
+      const int64_t row = r0 + v0;
+      float least[VL], cost[VL];
+      for (int l = 0; l < n; ++l) least[l] = g.best[row + l] = 0;
+      for (int64_t k = 0; k < g.candidates; ++k) {
+        float one[VL];
+        const vf scale = v_load_n(g.scale + k * g.rows + row, n);
+        const vf zero = v_load_n(g.zero + k * g.rows + row, n);
+        for (int l = 0; l < VL; ++l) one[l] = 1.0f;
+        float inverse[VL];
+        v_store(inverse, v_div(v_load(one), scale));
+        for (int l = n; l < VL; ++l) inverse[l] = 0.0f;
+        const vf by = v_load(inverse);
+        vf sum = v_zero();
+        for (int64_t c = 0; c < g.columns; ++c) {
+          const vf w = v_load_n(g.weight + c * g.rows + row, n);
+          const vf miss = v_sub(nearest(w, scale, by, zero, low, high), w);
+          sum = v_fma(v_mul(miss, miss), v_set(g.importance[c]), sum);
+        }
+        v_store(cost, sum);
+        for (int l = 0; l < n; ++l)
+          if (k == 0 || cost[l] < least[l]) {
+            least[l] = cost[l];
+            g.best[row + l] = k;
+          }
+      }
+    }
+  });
+}
 
 bool sparsegpt_block(const SparseGptBlock& b) {
   if (!b.group && !prune_smallest(b)) return false;
@@ -97,11 +152,13 @@ bool sparsegpt_block(const SparseGptBlock& b) {
                     scores.as<float>() + thread * tile);
       }
       const float* factor = b.factor + c * b.factor_stride;
-      float error[LANES];
+      float error[LANES], kept[LANES];
+      for (int l = 0; l < LANES; ++l) kept[l] = w[c * LANES + l];
+      if (b.scale) round_to_grid(b, b.groups[c] * b.rows + r0, used, kept);
       for (int l = 0; l < LANES; ++l) {
-        const bool gone = pruned[c * LANES + l];
-        error[l] = gone ? w[c * LANES + l] / factor[c] : 0.0f;
-        w[c * LANES + l] = gone ? 0.0f : w[c * LANES + l];
+        const float wanted = pruned[c * LANES + l] ? 0.0f : kept[l];
+        error[l] = (w[c * LANES + l] - wanted) / factor[c];
+        w[c * LANES + l] = wanted;
       }
       for (int64_t l = 0; l < used; ++l) b.errors[c * b.rows + r0 + l] = error[l];
       vf minus[LANES / VL];

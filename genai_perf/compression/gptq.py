@@ -7,7 +7,7 @@ import torch
 from .._checks import check_choice, fail
 from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
-from .grid import IntGrid
+from .grid import IntGrid, Tables
 from .hessian import Factor, factorize, relative_error
 from .sparsegpt import check_weight
 from .sweep import sweep
@@ -32,13 +32,17 @@ class _Permuted:
     """A fitted grid seen by a sweep that visits columns in another order."""
 
     def __init__(self, grid: IntGrid, order: torch.Tensor):
-        self._grid, self._order, self.refit = grid, order.tolist(), 1
+        self._grid, self._order, self.refit = grid, order, 1
 
     def enter(self, column: int, upcoming: torch.Tensor) -> None:
         pass
 
     def round(self, values: torch.Tensor, column: int) -> torch.Tensor:
-        return self._grid.round(values, self._order[column])
+        return self._grid.round(values, int(self._order[column]))
+
+    def tables(self) -> Tables | None:
+        tables = self._grid.tables()
+        return tables and tables._replace(groups=tables.groups[self._order.cpu()])
 
 
 def solve(

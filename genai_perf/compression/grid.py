@@ -1,7 +1,11 @@
-"""Integer grids with a scale, and where asked a zero point, for each group of input columns."""
+"""Grids that weights are rounded to: a scale, and where asked a zero point, for each group of input
+columns of a row, covering the group or searched for."""
+
+from typing import NamedTuple
 
 import torch
 
+from .._backends import native
 from .._checks import check_choice, fail
 from ..formats import QuantizedTensor, int4
 
@@ -9,40 +13,32 @@ from ..formats import QuantizedTensor, int4
 _SHRINKS = tuple(1.0 - 0.0125 * i for i in range(33))  # 1.0 to 0.6
 
 
-class IntGrid:
-    """Points (code - zero_point) * scale for codes of `bits` bits; 0 is always one of them.
+class Tables(NamedTuple):
+    """An integer grid as the native sweep reads it.
+
+    scale, zero: (groups, rows) fp32; groups: (columns,) int64, the group of each column; low, high:
+    the codes.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    groups: torch.Tensor
+    low: float
+    high: float
+
+
+class GroupGrid:
+    """What all grids do: scales of groups, fitted once or when a sweep arrives at a group.
 
     Args:
-        bits: 4, or 8 (symmetric, whole rows): the layouts that `formats` has.
         group_size: columns that share a scale, -1 for the whole row; the last may be shorter.
-        symmetric: codes around 0 with no zero point.
-        scale_dtype: what scales are rounded to before codes are computed.
         search: choose each scale among 0.6 to 1.0 of the one that covers the group, for the least
             importance-weighted squared error; else the covering one.
         refit: fit each group when a sweep arrives at it, on weights that carry the updates so far.
     """
 
-    def __init__(
-        self,
-        *,
-        bits: int = 4,
-        group_size: int = 128,
-        symmetric: bool = True,
-        scale_dtype: torch.dtype | None = None,
-        search: bool = True,
-        refit: bool = False,
-    ):
-        check_choice("IntGrid", "bits", bits, (4, 8))
-        if bits == 8 and (group_size != -1 or not symmetric):
-            got = f"{group_size}, {symmetric}"
-            fail("IntGrid", "group_size, symmetric", "-1, True at 8 bits", got)
-        int4.INT4.spec(group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
-        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
-        self.search, self._refits, self.refit = search, refit, 1
-        self._low = -(1 << bits - 1) + (bits == 8)  # int8 leaves -128 out
-        self._high = (1 << bits - 1) - 1
-        self._steps = self._high - self._low
-        self._scale_dtype = scale_dtype or torch.float32
+    def __init__(self, *, group_size: int, search: bool, refit: bool = False):
+        self.group_size, self.search, self._refits, self.refit = group_size, search, refit, 1
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
         """Sets the grid for weight, (rows, columns).
@@ -66,38 +62,32 @@ class IntGrid:
         """Scales of one group from its weights, part: (group columns, rows)."""
         high = part.amax(0).clamp_(min=0)
         low = part.amin(0).clamp_(max=0)
-        shrinks, weights = (1.0,), None
-        if self.search:
-            first = group * self.width
-            shrinks, weights = _SHRINKS, self._importance[first : first + len(part), None]
-        best = torch.full_like(high, torch.inf)
-        for shrink in shrinks:
-            scale, zero = self._candidate(high * shrink, low * shrink)
-            if weights is None:
-                self._scale[group], self._zero[group] = scale, zero
-                return
-            points = self._nearest(part, scale, zero)
-            cost = points.sub_(part).square_().mul_(weights).sum(0)
-            better = cost < best
-            best = torch.where(better, cost, best)
-            self._scale[group] = torch.where(better, scale, self._scale[group])
-            self._zero[group] = torch.where(better, zero, self._zero[group])
+        if not self.search:
+            self._scale[group], self._zero[group] = self._candidates(high, low)
+            return
+        shrinks = torch.tensor(_SHRINKS, dtype=part.dtype, device=part.device)[:, None]
+        scale, zero = self._candidates(high * shrinks, low * shrinks)  # (candidates, rows)
+        first = group * self.width
+        importance = self._importance[first : first + len(part)]
+        best = self._cheapest(part, importance, scale, zero)[None]
+        self._scale[group] = scale.gather(0, best)[0]
+        self._zero[group] = zero.gather(0, best)[0]
 
-    def _candidate(self, high, low) -> tuple[torch.Tensor, torch.Tensor]:
+    def _candidates(self, high, low) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and signed zero point that cover low..high, a range that holds 0."""
-        spread = 2 * torch.maximum(high, -low) if self.symmetric else high - low
-        scale = int4.round_scale(spread / self._steps, self._scale_dtype).to(high.dtype)
-        if self.symmetric:
-            return scale, torch.zeros_like(scale)
-        return scale, (self._low - low / scale).clamp_(self._low, self._high).round_()
+        raise NotImplementedError
 
     def _nearest(
         self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
     ) -> torch.Tensor:
-        return self._codes(values, scale, zero).sub_(zero).mul_(scale)
+        """The grid points nearest to values, (..., rows)."""
+        raise NotImplementedError
 
-    def _codes(self, values, scale, zero) -> torch.Tensor:
-        return (values / scale).round_().add_(zero).clamp_(self._low, self._high)
+    def _cheapest(self, part, importance, scale, zero) -> torch.Tensor:
+        """(rows,) int64: which candidate costs the least, the first of equal ones."""
+        costs = [(self._nearest(part, *one) - part).square_().mul_(importance[:, None]).sum(0)
+                 for one in zip(scale, zero, strict=True)]  # fmt: skip
+        return torch.stack(costs).argmin(0)
 
     def enter(self, column: int, upcoming: torch.Tensor) -> None:
         if self._refits and column % self.width == 0:
@@ -107,15 +97,88 @@ class IntGrid:
         group = column // self.width
         return self._nearest(values, self._scale[group], self._zero[group])
 
+    def tables(self) -> Tables | None:
+        """What a sweep needs to round natively; None where it has to ask `round`."""
+        return None
+
+    def _spread(self, groups: torch.Tensor) -> torch.Tensor:
+        """(groups, rows) as (rows, columns)."""
+        return groups.T.repeat_interleave(self.width, 1)[:, : self.columns]
+
     def pack(self, weight: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
-        """The codes of weight, (rows, columns), all of whose values are on the grid.
+        """The codes nearest to weight, (rows, columns).
 
         Args:
             dtype: what the packed tensor dequantizes to by default.
         """
-        columns = weight.shape[1]
-        per_weight = (t.T.repeat_interleave(self.width, 1) for t in (self._scale, self._zero))
-        codes = self._codes(weight, *(t[:, :columns] for t in per_weight))
+        raise NotImplementedError
+
+
+class IntGrid(GroupGrid):
+    """Points (code - zero_point) * scale for codes of `bits` bits; 0 is always one of them.
+
+    Args:
+        bits: 4, or 8 (symmetric, whole rows): the layouts that `formats` has.
+        group_size, search, refit: as in `GroupGrid`.
+        symmetric: codes around 0 with no zero point.
+        scale_dtype: what scales are rounded to before codes are computed.
+    """
+
+    def __init__(
+        self,
+        *,
+        bits: int = 4,
+        group_size: int = 128,
+        symmetric: bool = True,
+        scale_dtype: torch.dtype | None = None,
+        search: bool = True,
+        refit: bool = False,
+    ):
+        super().__init__(group_size=group_size, search=search, refit=refit)
+        check_choice("IntGrid", "bits", bits, (4, 8))
+        if bits == 8 and (group_size != -1 or not symmetric):
+            got = f"{group_size}, {symmetric}"
+            fail("IntGrid", "group_size, symmetric", "-1, True at 8 bits", got)
+        int4.INT4.spec(group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+        self.bits, self.symmetric = bits, symmetric
+        self._low = -(1 << bits - 1) + (bits == 8)  # int8 leaves -128 out
+        self._high = (1 << bits - 1) - 1
+        self._steps = self._high - self._low
+        self._scale_dtype = scale_dtype or torch.float32
+
+    def _candidates(self, high, low) -> tuple[torch.Tensor, torch.Tensor]:
+        spread = 2 * torch.maximum(high, -low) if self.symmetric else high - low
+        scale = int4.round_scale(spread / self._steps, self._scale_dtype).to(high.dtype)
+        if self.symmetric:
+            return scale, torch.zeros_like(scale)
+        return scale, (self._low - low / scale).clamp_(self._low, self._high).round_()
+
+    def _nearest(self, values, scale, zero) -> torch.Tensor:
+        return self._codes(values, scale, zero).sub_(zero).mul_(scale)
+
+    def _codes(self, values, scale, zero) -> torch.Tensor:
+        return (values / scale).round_().add_(zero).clamp_(self._low, self._high)
+
+    def _cheapest(self, part, importance, scale, zero) -> torch.Tensor:
+        if part.dtype != torch.float32 or native.why_not(part) is not None:
+            return super()._cheapest(part, importance, scale, zero)
+        columns, rows = part.shape
+        best = torch.empty(rows, dtype=torch.int64)
+        tensors = [t.contiguous() for t in (part, importance, scale, zero)]
+        native.lib().grid_search(
+            columns, rows, len(scale), *(t.data_ptr() for t in tensors), self._low, self._high,
+            best.data_ptr(), native.threads(),
+        )  # fmt: skip
+        return best
+
+    def tables(self) -> Tables | None:
+        if self._refits:
+            return None
+        groups = torch.arange(self.columns) // self.width
+        return Tables(self._scale, self._zero, groups, self._low, self._high)
+
+    def pack(self, weight: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
+        codes = self._codes(weight, self._spread(self._scale), self._spread(self._zero))
         scale = self._scale.T.contiguous()
         if self.bits == 8:  # whose scales are fp32, here with values that scale_dtype holds
             return QuantizedTensor("int8", weight.shape, dtype, codes.to(torch.int8), scale.float())

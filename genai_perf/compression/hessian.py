@@ -9,6 +9,8 @@ import torch
 from .._checks import check_ndim, check_tensor, fail
 from .._errors import CalibrationError
 
+_PANEL = 512  # rows or columns that are copied, or inverted, at once
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -73,16 +75,26 @@ def damp(
     Source: Frantar and Alistarh 2023, "SparseGPT", and its published code: the mean is taken after
     dead columns are set.
     """
+    compute = torch.promote_types(hessian.dtype, torch.float32)
+    diagonal, dead = _damped_diagonal(hessian, damp_frac, name, compute)
+    damped = hessian.detach().to(compute, copy=True)
+    damped.diagonal().copy_(diagonal)
+    return damped, dead
+
+
+def _damped_diagonal(
+    hessian: torch.Tensor, damp_frac: float, name: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`damp`'s diagonal, in dtype, and its dead columns; the Hessian checked."""
     check_tensor(name, hessian=hessian)
     check_ndim(name, 2, "(columns, columns)", hessian=hessian)
     if hessian.shape[0] != hessian.shape[1]:
         fail(name, "hessian", "square", f"shape {tuple(hessian.shape)}")
     if not damp_frac >= 0:
         fail(name, "damp_frac", "at least 0", damp_frac)
-    damped = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32), copy=True)
-    diagonal = damped.diagonal()
-    if not torch.isfinite(damped.sum()):
+    if not torch.isfinite(hessian.sum(dtype=torch.float64)):
         raise CalibrationError(f"{name}: its Hessian holds NaN or infinity")
+    diagonal = hessian.detach().diagonal().to(dtype, copy=True)
     dead = diagonal == 0
     if bool(dead.all()):
         raise CalibrationError(
@@ -90,7 +102,7 @@ def damp(
         )
     diagonal[dead] = 1
     diagonal += damp_frac * diagonal.mean()
-    return damped, dead
+    return diagonal, dead
 
 
 @dataclass(frozen=True)
@@ -119,7 +131,7 @@ def factorize(
     a sweep arrives at column j. Reversing rows and columns turns the factor of the inverse into
     the inverse of a factor: one Cholesky and one triangular inverse. Where a model has a few huge
     input channels, damping is 1e-6 of the largest diagonal entry: what fp32 cannot resolve well is
-    factored in float64. Beside H, at most two matrices of its size are alive.
+    factored in float64. Beside H, at most one and a half matrices of its size are alive.
 
     Args:
         hessian: (columns, columns), not changed.
@@ -130,38 +142,58 @@ def factorize(
             damping.
     """
     compute = torch.promote_types(hessian.dtype, torch.float32)
+    diagonal, dead = _damped_diagonal(hessian, damp_frac, name, compute)
+    order = diagonal.argsort(descending=True, stable=True) if by_diagonal else None
+    last_first = torch.arange(len(diagonal), device=hessian.device) if order is None else order
+    last_first = last_first.flip(0)
     eps = torch.finfo(compute).eps  # below about 4 of it, an fp32 Hessian holds rounding alone
     for dtype, smallest in ((compute, 64 * eps), (torch.float64, 4 * eps)):
-        work, dead = damp(hessian.to(dtype), damp_frac, name=name)
-        order = None
-        if by_diagonal:
-            order = work.diagonal().argsort(descending=True, stable=True)
-            work = work[order][:, order]
-        work = work.flip(0, 1).T  # symmetric: the transpose is column-major, which LAPACK wants
-        diagonal = work.diagonal().clone()
+        work = torch.empty_like(hessian, dtype=dtype, memory_format=torch.contiguous_format)
+        for start in range(0, len(work), _PANEL):
+            rows = last_first[start : start + _PANEL]
+            work[start : start + _PANEL] = hessian[rows][:, last_first]
+        wanted = _damped_diagonal(hessian, damp_frac, name, dtype)[0][last_first]
+        work.diagonal().copy_(wanted)
         info = torch.empty((), dtype=torch.int32, device=work.device)
-        torch.linalg.cholesky_ex(work, out=(work, info))
+        # The transpose is column-major, which LAPACK wants, and leaves L itself row-major.
+        torch.linalg.cholesky_ex(work.T, upper=True, out=(work.T, info))
         # The part of each diagonal entry that the others do not explain.
-        pivots = work.diagonal() ** 2 / diagonal
+        pivots = work.diagonal() ** 2 / wanted
         if int(info) == 0 and bool((pivots > smallest).all()):
-            return Factor(_reversed_inverse(work).to(compute), dead, order, damp_frac)
+            _invert(work)
+            _reverse(work.view(-1))  # rows and columns at once
+            return Factor(work.to(compute), dead, order, damp_frac)
     raise CalibrationError(
         f"{name}: its Hessian is singular (fewer calibration tokens than inputs, or inputs that "
         f"repeat each other); raise damp_frac, now {damp_frac}, or calibrate on more text"
     )
 
 
-def _reversed_inverse(lower: torch.Tensor) -> torch.Tensor:
-    """The inverse of a lower triangular matrix with rows and columns reversed, by panels: half the
-    time of a solve against the identity, and no identity."""
-    columns, panel = len(lower), 256
-    upper = torch.zeros_like(lower, memory_format=torch.contiguous_format)
-    for start in range(0, columns, panel):
-        stop = min(start + panel, columns)
-        identity = torch.eye(columns - start, stop - start, dtype=lower.dtype, device=lower.device)
-        solved = torch.linalg.solve_triangular(lower[start:, start:], identity, upper=False)
-        upper[: columns - start, columns - stop : columns - start] = solved.flip(0, 1)
-    return upper
+def _invert(lower: torch.Tensor) -> None:
+    """Inverts a lower triangular matrix in place, by halves: [A 0; B C] has the inverse
+    [A^-1 0; -C^-1 B A^-1  C^-1]. A third of the multiplications of a general inverse."""
+    columns = len(lower)
+    if columns <= _PANEL:
+        identity = torch.eye(columns, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = columns // 2
+    first, below, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    below.copy_(torch.linalg.solve_triangular(second, below, upper=False))
+    below.copy_(torch.linalg.solve_triangular(first, below, upper=False, left=False).neg_())
+    _invert(first)
+    _invert(second)
+
+
+def _reverse(values: torch.Tensor) -> None:
+    """Reverses a vector in place, a part at a time."""
+    count, part = len(values), 1 << 20
+    for start in range(0, count // 2, part):
+        stop = min(start + part, count // 2)
+        head, tail = values[start:stop], values[count - stop : count - start]
+        kept = head.flip(0)
+        head.copy_(tail.flip(0))
+        tail.copy_(kept)
 
 
 class Inputs:

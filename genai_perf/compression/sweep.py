@@ -1,6 +1,7 @@
 """The sweep that SparseGPT and GPTQ share: change one input column, compensate in the rest.
 
-In fp32 on a CPU and without a grid it is one native kernel a block; else torch, column by column.
+In fp32 on a CPU it is one native kernel a block, unless the grid is fitted on the way or has no
+tables; else torch, column by column.
 """
 
 import math
@@ -9,6 +10,7 @@ from typing import Protocol
 import torch
 
 from .._backends import native
+from .grid import Tables
 from .hessian import full_precision
 from .masks import Sparsity
 
@@ -38,6 +40,9 @@ class Grid(Protocol):
 
     def round(self, values: torch.Tensor, column: int) -> torch.Tensor:
         """values: (rows,) of one column -> the nearest grid points."""
+
+    def tables(self) -> Tables | None:
+        """The grid as the native sweep reads it, None where it has to ask `round`."""
 
 
 def sweep(
@@ -71,8 +76,10 @@ def sweep(
     pruned = torch.zeros_like(work, dtype=torch.bool)
     if zero is not None:
         pruned |= zero.T
-    if grid is None and work.dtype == torch.float32 and native.why_not(work, upper) is None:
-        return _native_sweep(work, upper.contiguous(), block_size, sparsity, pruned)
+    tables = grid.tables() if grid else None
+    in_tables = grid is None or tables is not None
+    if in_tables and work.dtype == torch.float32 and native.why_not(work, upper) is None:
+        return _native_sweep(work, upper.contiguous(), block_size, sparsity, pruned, tables)
     step = sparsity.group or block_size if sparsity else block_size
     tile = _tile(math.lcm(sparsity.group or 1 if sparsity else 1, grid.refit if grid else 1))
     for start in range(0, columns, block_size):
@@ -104,6 +111,7 @@ def _native_sweep(
     block_size: int,
     sparsity: Sparsity | None,
     pruned: torch.Tensor,
+    tables: Tables | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same with one kernel a block (csrc/cpu/sparsegpt_kernel.cpp), rows in parallel."""
     rows, columns = work.shape[1], len(upper)
@@ -116,10 +124,17 @@ def _native_sweep(
             zeros, group = sparsity.zeros, sparsity.group
         elif sparsity:
             count = round(block.numel() * sparsity.fraction)
+        rounding = {}
+        if tables:
+            groups = tables.groups[start:stop].contiguous()
+            rounding = {"scale": tables.scale.data_ptr(), "zero": tables.zero.data_ptr(),
+                        "groups": groups.data_ptr(), "low": tables.low,
+                        "high": tables.high}  # fmt: skip
         if rows:
             native.lib().sparsegpt_block(
                 stop - start, rows, block.data_ptr(), mask[start].data_ptr(), errors.data_ptr(),
                 upper[start, start].data_ptr(), columns, zeros, group, count, native.threads(),
+                **rounding,
             )  # fmt: skip
         _carry(work[stop:], upper[start:stop, stop:], errors)
     return work.T.contiguous(), pruned.T.contiguous()

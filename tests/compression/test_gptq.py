@@ -83,6 +83,37 @@ def test_search_finds_the_cheapest_scale():
     assert cost == pytest.approx(float(best.sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"symmetric": False}, {"act_order": True}, {"group_size": 40}, {"bits": 8, "group_size": -1},
+    {"scale_dtype": torch.bfloat16},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("rows", [48, 37])
+def test_the_native_sweep_is_the_one_in_torch(options, rows, monkeypatch):
+    weight, hessian = layer(rows=rows, columns=172)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.2
+    found = gptq.solve(weight, hessian, mask=mask, **options)
+    monkeypatch.setattr("genai_perf._backends.native.why_not", lambda *tensors: "not here")
+    slow = gptq.solve(weight, hessian, mask=mask, **options)
+    # A value within rounding of the middle of two points may go either way, with its row.
+    same = (found.weight - slow.weight).abs().amax(1) < 1e-5
+    assert same.float().mean() >= 0.9 and found.error == pytest.approx(slow.error, rel=1e-2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_native_search_is_the_one_in_torch(symmetric, monkeypatch):
+    weight, importance = layer(rows=37, columns=100)[0], torch.rand(100) + 0.1
+
+    def cost():
+        grid = IntGrid(group_size=32, symmetric=symmetric)
+        grid.fit(weight, importance)
+        found = grid.pack(weight, torch.float32).dequantize()
+        return ((found - weight).square() * importance).sum(1)
+
+    native = cost()
+    monkeypatch.setattr("genai_perf._backends.native.why_not", lambda *tensors: "not here")
+    torch.testing.assert_close(native, cost(), rtol=1e-5, atol=0)
+
+
 def test_better_settings_are_better():
     weight, hessian = layer()
     plain = gptq.solve(weight, hessian, **PLAIN).error
