@@ -84,7 +84,8 @@ def test_search_finds_the_cheapest_scale():
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"symmetric": False}, {"act_order": True}, {"group_size": 40}, {"bits": 8, "group_size": -1},
+    {}, {"symmetric": False}, {"act_order": True}, {"group_size": 40},
+    {"bits": 8, "group_size": -1},
     {"scale_dtype": torch.bfloat16},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("rows", [48, 37])
