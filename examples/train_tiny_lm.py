@@ -17,11 +17,11 @@ import torch
 from tiny_lm import corpus
 from tiny_lm.export import export, record, write_json
 from tiny_lm.model import Config, TinyLM, torch_attention
-from tiny_lm.plot import loss_svg
 from tiny_lm.train import Run, Settings, evaluate
 from tokenizers import Tokenizer
 
 import genai_perf as gp
+from genai_perf.bench.curves import curves
 from genai_perf.models import stdlib_text
 
 
@@ -110,7 +110,11 @@ def main() -> int:
     )  # fmt: skip
     write_json(folder / "training.json", result)
     if run.curve:
-        (folder / "loss.svg").write_text(loss_svg(run.curve))
+        lines = {"training": "train_loss", "held-out": "heldout_loss"}
+        series = {name: [(p["tokens"] / 1e6, p[key]) for p in run.curve if key in p]
+                  for name, key in lines.items()}  # fmt: skip
+        title = "loss in nats per token, over millions of tokens"
+        (folder / "loss.svg").write_text(curves(series, title=title))
     print(
         f"held-out loss {result['heldout_loss']:.3f} nats per token"
         f" ({result['heldout_bits_per_byte']:.3f} bits per byte;"

@@ -26,7 +26,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOREIGN = {
     "transformers": {"integrations"},
     "accelerate": {"integrations"},
-    "peft": {"integrations"},
+    "peft": {"integrations", "bench"},  # in bench a peer
     "bitsandbytes": {"bench"},  # bench/peers, where they are measured
     "compressed_tensors": {"bench"},
     "matplotlib": {"bench"},

@@ -43,7 +43,17 @@ class Timer(Protocol):
     def seconds(self, handle: object) -> float: ...
 
 
-class CpuTimer:
+class _HostTimer:
+    """What timers share that take the host's time and call as they are told."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def prepare(self, call: Callable[[], object], calls: int) -> Prepared:
+        return Prepared(call, calls)
+
+
+class CpuTimer(_HostTimer):
     """time.perf_counter around the calls."""
 
     name = "cpu"
@@ -57,9 +67,6 @@ class CpuTimer:
     def synchronize(self) -> None:
         """A call on the processor is over when it returns."""
 
-    def prepare(self, call: Callable[[], object], calls: int) -> Prepared:
-        return Prepared(call, calls)
-
     def sample(self, prepared: Prepared) -> float:
         call, clock = prepared.call, self._clock
         repeats = range(prepared.calls)
@@ -72,7 +79,7 @@ class CpuTimer:
         return handle
 
 
-class CudaEventTimer:
+class CudaEventTimer(_HostTimer):
     """A pair of CUDA events around the calls, on the current stream; read after the round."""
 
     name = "cuda-events"
@@ -80,14 +87,8 @@ class CudaEventTimer:
     def __init__(self, cuda: ModuleType | None = None):
         self._cuda = cuda or importlib.import_module("torch.cuda")
 
-    def now(self) -> float:
-        return time.perf_counter()
-
     def synchronize(self) -> None:
         self._cuda.synchronize()
-
-    def prepare(self, call: Callable[[], object], calls: int) -> Prepared:
-        return Prepared(call, calls)
 
     def sample(self, prepared: Prepared) -> tuple:
         self._cuda._sleep(_HEAD_START_CYCLES)
@@ -125,7 +126,7 @@ class CudaGraphTimer(CudaEventTimer):
         return Prepared(call, calls, graph)
 
 
-class NeuronTimer:
+class NeuronTimer(_HostTimer):
     """The host's clock around calls that torch_xla runs and waits for."""
 
     name = "neuron"
@@ -133,14 +134,8 @@ class NeuronTimer:
     def __init__(self, xla: ModuleType | None = None):
         self._xla = xla or importlib.import_module("torch_xla")
 
-    def now(self) -> float:
-        return time.perf_counter()
-
     def synchronize(self) -> None:
         self._xla.sync(wait=True)
-
-    def prepare(self, call: Callable[[], object], calls: int) -> Prepared:
-        return Prepared(call, calls)
 
     def sample(self, prepared: Prepared) -> float:
         self.synchronize()

@@ -7,10 +7,8 @@ and not the run.
 """
 
 import resource
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -65,7 +63,7 @@ def run(folders: Sequence[Path], settings: Settings, *, batches: Sequence[int] =
     Raises:
         CheckpointError, ValueError: a folder that is no checkpoint; names used twice.
     """
-    started, begun = datetime.now(UTC), time.perf_counter()
+    clock = results.Clock()
     progress = progress or (lambda stage, done, total, what: None)
     models = [_Model(folder.resolve().name, folder, False) for folder in folders]
     if patch:
@@ -87,20 +85,9 @@ def run(folders: Sequence[Path], settings: Settings, *, batches: Sequence[int] =
                 for batch, tried in _batches(models, length, batches, fresh, settings, limit):
                     progress("Models", len(rows), 0, f"batch {batch}, {length} tokens")
                     rows += _rows(models, batch, length, tried, settings, peaks)
-    report = {
-        "schema_version": results.VERSION,
-        "kind": "bench",
-        "created": started.isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "provenance": about,
-        "settings": asdict(settings) | {"decode_steps": DECODE_STEPS, "limit_bytes": limit},
-        "peaks": peaks.to_dict(),
-        "rows": [],
-        "models": rows,
-        "training": [],
-    }
-    results.validate(report)
-    return report
+    return clock.report(about, asdict(settings) | {"decode_steps": DECODE_STEPS,
+                                                   "limit_bytes": limit},
+                        peaks=peaks.to_dict(), models=rows)  # fmt: skip
 
 
 def _free(device: str) -> int:

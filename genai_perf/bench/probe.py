@@ -67,7 +67,8 @@ def _cuda(made: Variant, problem: Problem) -> dict:
 def _bytes(problem: Problem) -> int:
     """Of the inputs that the op itself takes; the others are for the oracle and the peers."""
     unused = {"dense", {"quantize": "packed", "dequantize": "x"}.get(problem.phase)}
-    return sum(value.nbytes for name, value in problem.inputs.items() if name not in unused)
+    return sum(getattr(value, "nbytes", 0) for name, value in problem.inputs.items()
+               if name not in unused)  # fmt: skip
 
 
 def _give_back() -> None:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 import torch
@@ -22,6 +22,7 @@ class Problem:
     inputs: by name, on `device`; what each is, the op's suite says.
     flops, floor_bytes: in closed form: arithmetic without waste, and each input and output once.
     options: what the suite and the peers must know beside the tensors.
+    memo: what `once` has computed.
     """
 
     op: str
@@ -33,11 +34,17 @@ class Problem:
     flops: int
     floor_bytes: int
     options: Mapping[str, object] = field(default_factory=dict)
+    memo: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     def clone(self) -> "Problem":
         """The same numbers at other addresses."""
-        values = {field: getattr(self, field) for field in self.__dataclass_fields__}
-        return Problem(**values | {"inputs": copy.deepcopy(dict(self.inputs))})
+        return replace(self, inputs=copy.deepcopy(dict(self.inputs)), memo={})
+
+    def once(self, name: str, compute: Callable[[], object]) -> object:
+        """What `compute` gives, computed once for all variants: the oracle, say."""
+        if name not in self.memo:
+            self.memo[name] = compute()
+        return self.memo[name]
 
 
 @dataclass(frozen=True)

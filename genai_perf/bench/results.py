@@ -5,7 +5,9 @@ demo's report (`schema`). Beside a bench file lies `<name>.samples.jsonl` with e
 """
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from . import schema
@@ -62,6 +64,42 @@ _REPORT = {
     "models": list,
     "training": list,
 }  # fmt: skip
+
+
+class Clock:
+    """When a run began, for the report that it ends in."""
+
+    def __init__(self):
+        self._started, self._begun = datetime.now(UTC), time.perf_counter()
+
+    def spent(self) -> float:
+        return time.perf_counter() - self._begun
+
+    def report(self, about: dict, settings: dict, *, peaks: dict | None = None,
+               rows: Sequence[dict] = (), models: Sequence[dict] = (),
+               training: Sequence[dict] = (), left_out: Sequence[str] = ()) -> dict:  # fmt: skip
+        """A bench report of what was measured since, validated.
+
+        Args:
+            about: from `provenance`.
+            settings: how it was measured, as JSON values.
+            peaks, rows, models, training, left_out: what was found.
+        """
+        report = {
+            "schema_version": VERSION,
+            "kind": "bench",
+            "created": self._started.isoformat(timespec="seconds"),
+            "seconds": round(self.spent(), 1),
+            "provenance": about,
+            "settings": settings,
+            "peaks": peaks,
+            "rows": list(rows),
+            "left_out": list(left_out),
+            "models": list(models),
+            "training": list(training),
+        }
+        validate(report)
+        return report
 
 
 def validate(report: object) -> None:

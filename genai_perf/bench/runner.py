@@ -7,11 +7,9 @@ lost, says so in its row, and the rest goes on.
 import json
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
@@ -19,21 +17,21 @@ from statistics import median
 import torch
 
 from .._errors import BackendUnsupported
+from ..ops import OPS
 from . import caches, peers, probe, results
 from .clocks import timer_for
 from .memory import FreshProcesses
 from .problem import Check, Problem, Unsupported, choose
 from .provenance import provenance, triton_kernels
 from .roofline import Bound, Peaks, bound, measure_peaks
-from .suites import suite
+from .suites import own_names, suite
 from .trace import Trace, pinned
 from .verdict import MIN_PAIRS, measure
 
 # What a kernel, ours or another's, may end with; an ImportError is a library half installed.
 _FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError, ImportError,
              AttributeError, OSError)  # fmt: skip
-_PRELOAD = ("torch", "numpy", "genai_perf.bench.probe", "genai_perf.ops.attention",
-            "genai_perf.ops.quantize", "genai_perf.ops.quant_matmul")  # fmt: skip
+_PRELOAD = ("torch", "numpy", "genai_perf.bench.probe", *(f"genai_perf.ops.{op}" for op in OPS))
 # In place of peers: every one that computes the op, those that cannot run here skipped by name.
 ALL = "all"
 Progress = Callable[[str, int, int, str], None]
@@ -44,7 +42,7 @@ class Selection:
     """What to measure. Empty tuples: the suite's own choice.
 
     cases: names or patterns such as "int4-*"; phases: of the suite's PHASES; dtypes: "bfloat16";
-    against: variants of peers, the first one the baseline; backends: own ones.
+    against: variants of peers, the first one the baseline; backends: own ones, of `own_names`.
     """
 
     op: str
@@ -105,7 +103,7 @@ def select(selection: Selection, quick: bool = False) -> list[tuple[object, str]
             continue
         peers.find(name, selection.op)
     for name in selection.backends:
-        choose(f"backend of {selection.op}", name, room.BACKENDS)
+        choose(f"backend of {selection.op}", name, own_names(selection.op))
     phases = [choose("phase", name, room.PHASES) for name in selection.phases] or [room.PHASES[0]]
     names: list[str] = []
     for wanted in selection.cases or (room.HEADLINE if quick else tuple(known)):
@@ -139,7 +137,7 @@ def run(selections: Sequence[Selection], settings: Settings, *, samples: Path | 
         ValueError: unknown names, before anything is measured.
         BackendUnsupported: the device is not here.
     """
-    started, begun = datetime.now(UTC), time.perf_counter()
+    clock = results.Clock()
     progress = progress or (lambda stage, done, total, what: None)
     work = [(one, case, phase) for one in selections
             for case, phase in select(one, settings.quick)]  # fmt: skip
@@ -154,28 +152,14 @@ def run(selections: Sequence[Selection], settings: Settings, *, samples: Path | 
         peaks = measure_peaks(settings.device, sorted(dtypes, key=str), timer=timer)
         with _journal(samples) as write, _processes(settings) as fresh:
             for i, (one, case, phase) in enumerate(work):
-                spent = time.perf_counter() - begun
-                if settings.total_seconds is not None and spent > settings.total_seconds:
+                if settings.total_seconds is not None and clock.spent() > settings.total_seconds:
                     left_out.append(f"{one.op} {case.name} {phase}")
                     continue
                 progress("Cases", i, len(work), f"{one.op} {case.name} {phase}")
                 rows.append(_row(one, case, phase, settings, peaks, timer, write, fresh))
             progress("Cases", len(work), len(work), "")
-    report = {
-        "schema_version": results.VERSION,
-        "kind": "bench",
-        "created": started.isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "provenance": about | {"pinned_to": cores},
-        "settings": asdict(settings),
-        "peaks": peaks.to_dict(),
-        "rows": rows,
-        "left_out": left_out,
-        "models": [],
-        "training": [],
-    }
-    results.validate(report)
-    return report
+    return clock.report(about | {"pinned_to": cores}, asdict(settings), peaks=peaks.to_dict(),
+                        rows=rows, left_out=left_out)  # fmt: skip
 
 
 def _row(one: Selection, case, phase: str, settings: Settings, peaks: Peaks, timer,

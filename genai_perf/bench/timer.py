@@ -190,10 +190,7 @@ def compare(
         ValueError: the two do not have the same number of rounds.
     """
     ratios = _ratios(baseline, candidate)
-    low, high = bootstrap(ratios, confidence=confidence, resamples=resamples, seed=seed)
-    return Comparison(
-        baseline.name, candidate.name, median(ratios), low, high, confidence, len(ratios)
-    )
+    return _summary(baseline, candidate, ratios, 1, confidence, resamples, seed)
 
 
 def compare_abba(
@@ -216,10 +213,15 @@ def compare_abba(
     blocks = abba_blocks(baseline, candidate)
     if not blocks:
         fail("compare_abba", candidate.name, "timed in at least 2 rounds", len(baseline.seconds))
-    low, high = bootstrap(blocks, confidence=confidence, resamples=resamples, seed=seed)
-    return Comparison(
-        baseline.name, candidate.name, median(blocks), low, high, confidence, 2 * len(blocks)
-    )
+    return _summary(baseline, candidate, blocks, 2, confidence, resamples, seed)
+
+
+def _summary(baseline: Samples, candidate: Samples, ratios: list[float], rounds: int,
+             confidence: float, resamples: int, seed: int) -> Comparison:  # fmt: skip
+    """The median of ratios, each over so many rounds, and its interval."""
+    low, high = bootstrap(ratios, confidence=confidence, resamples=resamples, seed=seed)
+    return Comparison(baseline.name, candidate.name, median(ratios), low, high, confidence,
+                      rounds * len(ratios))  # fmt: skip
 
 
 def abba_blocks(baseline: Samples, candidate: Samples) -> list[float]:

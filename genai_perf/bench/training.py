@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +35,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "bf16 autocast": ("autocast",),
     "8-bit optimizer": ("optimizer8",),
     "LoRA": ("lora",),
+    "LoRA, peft's": ("lora", "peft"),
     "QLoRA (nf4)": ("lora", "nf4"),
     "torch.compile": ("compile",),
     "our attention": ("patch",),
@@ -44,6 +46,10 @@ WAYS: dict[str, tuple[str, ...]] = {
     "QLoRA + accumulation + checkpointing + our attention": (
         "lora", "nf4", "accumulate", "checkpoint", "patch"),
 }  # fmt: skip
+# What a way imports, which is no memory of the training itself; the package, if it is another's.
+_NEEDS = {"optimizer8": "bitsandbytes", "liger": "liger_kernel", "peft": "peft"}
+_MODULES = {"optimizer8": "bitsandbytes.optim", "liger": "liger_kernel.transformers",
+            "peft": "peft", "compile": "torch._inductor.compile_fx"}  # fmt: skip
 _SHARE = 0.8
 _RANK = 8
 Progress = Callable[[str, int, int, str], None]
@@ -82,7 +88,7 @@ def run(folder: Path, settings: Settings, *, work: Work | None = None, ways: Seq
     """
     from ..io.checkpoints import Checkpoint
 
-    started, begun = datetime.now(UTC), time.perf_counter()
+    clock = results.Clock()
     progress = progress or (lambda stage, done, total, what: None)
     Checkpoint(folder)
     chosen = [choose("way to train", name, list(WAYS)) for name in ways] or list(WAYS)
@@ -108,32 +114,19 @@ def run(folder: Path, settings: Settings, *, work: Work | None = None, ways: Seq
                 continue
             rows.append({"name": name, "status": "ok", "reason": None} | found.value)
         progress("Ways to train", len(chosen), len(chosen), "")
-    report = {
-        "schema_version": results.VERSION,
-        "kind": "bench",
-        "created": started.isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "provenance": provenance(settings.device),
-        "settings": asdict(settings) | {"work": asdict(work), "model": folder.resolve().name},
-        "peaks": None,
-        "rows": [],
-        "models": [],
-        "training": rows,
-    }
-    results.validate(report)
-    return report
+    return clock.report(provenance(settings.device),
+                        asdict(settings) | {"work": asdict(work), "model": folder.resolve().name},
+                        training=rows)  # fmt: skip
 
 
 def why_not(name: str, device: str) -> str | None:
     """Why a way cannot run here, in one sentence, or None."""
     on = WAYS[name]
-    if "optimizer8" in on and find_spec("bitsandbytes") is None:
-        return "bitsandbytes, whose 8-bit AdamW is used, is not installed"
-    if "liger" in on:
-        if find_spec("liger_kernel") is None:
-            return "liger_kernel is not installed"
-        if device == "cpu":
-            return "Liger's kernels need a GPU"
+    for part in on:
+        if part in _NEEDS and find_spec(_NEEDS[part]) is None:
+            return f"{_NEEDS[part]} is not installed"
+    if "liger" in on and device == "cpu":
+        return "Liger's kernels need a GPU"
     return None
 
 
@@ -141,12 +134,15 @@ def train(path: str, name: str, device: str, threads: int, limit: int, work: dic
     """Train one way in this process.
 
     Returns:
-        dict: samples_per_s, peak_bytes (of torch's allocator on a GPU, else resident), loss.
+        dict: samples_per_s, loss, peak_bytes (of torch's allocator on a GPU, else resident), and
+        own_bytes, the part of the peak that came after the imports: model, gradients, optimizer.
     """
-    import psutil
-
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    for part in WAYS[name]:
+        if part in _MODULES:
+            import_module(_MODULES[part])
+    before = psutil.Process().memory_info().rss if device == "cpu" else 0
     if device == "cpu":
         taken = psutil.Process().memory_info().vms
         resource.setrlimit(resource.RLIMIT_AS, (taken + limit, taken + limit))
@@ -172,7 +168,7 @@ def train(path: str, name: str, device: str, threads: int, limit: int, work: dic
         unit = 1024 if Path("/proc").exists() else 1
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"samples_per_s": todo.batch * len(timed) / sum(timed), "peak_bytes": peak,
-            "loss": loss, "seconds": seconds,
+            "own_bytes": peak - before, "loss": loss, "seconds": seconds,
             "trained_parameters": sum(p.numel() for p in parameters)}  # fmt: skip
 
 
@@ -207,12 +203,17 @@ def _prepare(model: nn.Module, on: set[str]) -> list[nn.Parameter]:
 
         quantize_model(model, "nf4")
     model.requires_grad_(False)
+    if "peft" in on:
+        from peft import LoraConfig, get_peft_model
+
+        get_peft_model(model, LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules="all-linear"))
+        return [p for p in model.parameters() if p.requires_grad]
     return list(add_lora(model, _RANK))
 
 
 class LowRank(nn.Module):
-    """y = inner(x) + x A^T B^T: LoRA without scaling or dropout (arXiv 2106.09685), the adapter of
-    this benchmark; a library's own would cost about the same."""
+    """y = inner(x) + x A^T B^T: LoRA without scaling or dropout (arXiv 2106.09685), also around our
+    quantized layers; peft's own stands beside it in the table."""
 
     def __init__(self, inner: nn.Module, in_features: int, out_features: int, rank: int,
                  device: torch.device):  # fmt: skip

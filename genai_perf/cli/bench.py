@@ -5,7 +5,6 @@ command could not run.
 """
 
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..bench.numbers import figures, human_bytes
+from . import tables
 from .console import Stages, user_errors
 
 app = typer.Typer(
@@ -23,12 +22,12 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Case = Annotated[list[str] | None, typer.Option(help="Name or pattern, repeated; else all.")]
+Case = Annotated[list[str] | None, typer.Option(help="Names or patterns, as --against; else all.")]
 Against = Annotated[
     list[str] | None,
     typer.Option(help="Peers, comma-separated or repeated, or all; the first is the baseline."),
 ]
-Dtype = Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; repeated.")]
+Dtype = Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16.")]
 Out = Annotated[
     Path | None, typer.Option(help="Result file; else results/<date>-<device>-<commit>.json.")
 ]
@@ -45,14 +44,14 @@ def list_command(
     """What can be measured: ops, cases, phases, backends, and peers with what they lack."""
     with user_errors():
         from ..bench import peers
-        from ..bench.suites import SUITES, suite
+        from ..bench.suites import SUITES, own_names, suite
 
         console = Console()
         for name in [op] if op else SUITES:
             room = suite(name)
             cases = room.cases()
             console.print(f"[bold]{name}[/]: {len(cases)} cases; {', '.join(room.PHASES)}; "
-                          f"backends {', '.join(room.BACKENDS)}")  # fmt: skip
+                          f"backends {', '.join(own_names(name))}")  # fmt: skip
             for variant, peer in peers.variants(name).items():
                 reason = peers.why_not(peer, "cpu")
                 said = "[green]ready on the CPU[/]" if reason is None else escape(reason)
@@ -71,7 +70,7 @@ def run_command(
     dtype: Dtype = None,
     phase: Annotated[list[str] | None, typer.Option(help="Else the op's first; `all`.")] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="Own backends; else the chosen.")
+        list[str] | None, typer.Option(help="Own backends, as --against; else the chosen.")
     ] = None,
     model: Annotated[
         list[Path] | None,
@@ -93,6 +92,9 @@ def run_command(
     check: Annotated[
         bool, typer.Option("--check", help="Exit 1 where ours is slower, 2 where undecided.")
     ] = False,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the inputs; else fresh, and in the file.")
+    ] = None,
     out: Out = None,
 ) -> None:
     """Measure cases of an op against peers, or whole models."""
@@ -102,24 +104,24 @@ def run_command(
 
         settings = runner.Settings(device=device, cache="hot" if hot else "cold", timer=timer,
                                    budget_seconds=budget, memory=memory, threads=threads, pin=pin,
-                                   quick=quick, total_seconds=total)  # fmt: skip
-        if op == "model" or model:
+                                   quick=quick, total_seconds=total, seed=seed)  # fmt: skip
+        if op == "model":
             report = _models(model, batch, length, settings)
             _finish(report, out, None)
-            _show_models(report["models"], Console())
+            tables.show_models(report["models"], Console())
             return
         chosen = []
         for name in SUITES if op == "all" else [op]:
-            phases = tuple(suite(name).PHASES) if phase == ["all"] else tuple(phase or ())
-            chosen.append(runner.Selection(name, tuple(case or ()), phases, tuple(dtype or ()),
-                                           _split(against), tuple(backend or ())))  # fmt: skip
+            phases = tuple(suite(name).PHASES) if phase == ["all"] else _split(phase)
+            chosen.append(runner.Selection(name, _split(case), phases, _split(dtype),
+                                           _split(against), _split(backend)))  # fmt: skip
         for one in chosen:
             runner.select(one, quick)
         partial = (out or Path("results/partial.json")).with_suffix(".samples.jsonl")
         with Stages() as stages:
             report = runner.run(chosen, settings, samples=partial, progress=stages.update)
         path = _finish(report, out, partial)
-        _show_rows(report["rows"], Console())
+        tables.show_rows(report["rows"], Console())
         for name in report["left_out"]:
             typer.echo(f"left out, no time: {name}")
         typer.echo(f"\n{path}\n{results.samples_path(path)}")
@@ -148,47 +150,6 @@ def _exit_code(rows: list[dict], check: bool) -> int:
     if not check:
         return 0
     return exit_code([Verdict(pair["verdict"]) for row in rows for pair in row["comparisons"]])
-
-
-def _show_rows(rows: list[dict], console: Console) -> None:
-    """A line with the case, then one for each variant: fits into 80 columns."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1), show_edge=False)
-    table.add_column("variant", overflow="fold", min_width=16)
-    for heading in ("ms", "of the\nbound", "bytes\n/ floor", "error"):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=6)
-    table.add_column("ours against it,\n99 % interval", overflow="fold", min_width=24)
-    for row in rows:
-        words = [escape(row["case"]), row["phase"], "hot" if row["cache"] == "hot" else ""]
-        table.add_row(f"[bold]{' '.join(words).strip()}[/]")
-        for variant in row["variants"]:
-            table.add_row(*_cells(variant, row))
-        table.add_row()
-    console.print(table)
-
-
-def _cells(variant: dict, row: dict) -> list[str]:
-    name = f"  [cyan]{variant['name']}[/]" if variant["own"] else f"  {variant['name']}"
-    if variant["status"] != "ok":
-        return [name, "-", "", "", "", f"{variant['status']}: {escape(variant['reason'] or '')}"]
-    memory = variant["memory"] or {}
-    over = memory.get("over_floor")
-    said = [
-        verdict_words(pair) for pair in row["comparisons"] if pair["baseline"] == variant["name"]
-    ]
-    return [
-        name,
-        figures(1e3 * variant["median"]),
-        f"{variant['share_of_bound']:.0%}",
-        figures(over) if over is not None else "",
-        f"{variant['error']:.1e}",
-        "; ".join(said),
-    ]
-
-
-def verdict_words(pair: dict) -> str:
-    """`faster 2.31x [2.25, 2.40]`: speed of the candidate over the baseline."""
-    low, high = (figures(1 / pair[name]) for name in ("high", "low"))
-    return f"{pair['verdict']} {figures(1 / pair['ratio'])}x [{low}, {high}]"
 
 
 @app.command("compare")
@@ -229,11 +190,8 @@ def matrix_command(out: Out = None, budget: Budget = 2.0, threads: Threads = Non
         import torch
 
         from ..bench import runner
-        from ..bench.suites import SUITES, suite
+        from ..bench.suites import SUITES, own_names, suite
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in ("op", "case", "backend", "device", "ms", "or why not"):
-            table.add_column(heading)
         reports = []
         with Stages() as stages:
             for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
@@ -241,18 +199,13 @@ def matrix_command(out: Out = None, budget: Budget = 2.0, threads: Threads = Non
                                            threads=threads)  # fmt: skip
                 chosen = [
                     runner.Selection(
-                        op, (suite(op).HEADLINE[0],), backends=tuple(suite(op).BACKENDS)
+                        op, (suite(op).HEADLINE[0],), suite(op).PHASES, backends=own_names(op)
                     )
                     for op in SUITES
                 ]
                 reports.append(runner.run(chosen, settings, progress=stages.update))
         rows = [row for report in reports for row in report["rows"]]
-        for row in rows:
-            for variant in (v for v in row["variants"] if v["own"]):
-                time = figures(1e3 * median(variant["seconds"])) if variant["seconds"] else ""
-                table.add_row(row["op"], row["case"], variant["name"], row["device"], time,
-                              escape(variant["reason"] or ""))  # fmt: skip
-        Console().print(table)
+        tables.show_matrix(rows, Console())
         if out:
             reports[0]["rows"] = rows
             _finish(reports[0], out, None)
@@ -285,17 +238,7 @@ def train_command(
             report = training.run(model or tiny_python_lm(), settings, work=work,
                                   ways=tuple(way or ()), progress=stages.update)  # fmt: skip
         path = _finish(report, out, None)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-        table.add_column("way")
-        for heading in ("samples/s", "peak\nmemory", "loss"):
-            table.add_column(heading, justify="right")
-        for row in report["training"]:
-            if row["status"] == "ok":
-                table.add_row(row["name"], figures(row["samples_per_s"]),
-                              human_bytes(row["peak_bytes"]), f"{row['loss']:.3f}")  # fmt: skip
-            else:
-                table.add_row(row["name"], "-", "-", f"{row['status']}: {escape(row['reason'])}")
-        Console().print(table)
+        tables.show_training(report["training"], Console())
         typer.echo(str(path))
 
 
@@ -307,27 +250,3 @@ def _models(folders, batch, length, settings) -> dict:
     with Stages() as stages:
         return models.run(folders, settings, batches=tuple(batch or ()),
                           lengths=tuple(length or ()), progress=stages.update)  # fmt: skip
-
-
-def _show_models(found: list[dict], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for heading in ("model", "batch", "length"):
-        table.add_column(heading)
-    for heading in ("prefill\ntok/s", "decode\ntok/s", "first\ntoken ms", "train\nms", "MFU",
-                    "peak\nmemory", "decode against the first"):  # fmt: skip
-        table.add_column(heading, justify="right")
-    for row in found:
-        if row["status"] != "ok":
-            table.add_row(row["variant"], str(row["batch"]), str(row["length"]),
-                          f"{row['status']}: {escape(row['reason'] or '')}")  # fmt: skip
-            continue
-        mfu = row["mfu"]
-        table.add_row(
-            row["variant"], str(row["batch"]), str(row["length"]),
-            figures(row["prefill_tokens_per_s"]), figures(row["decode_tokens_per_s"]),
-            figures(1e3 * row["first_token_seconds"]),
-            figures(1e3 * row["train_step_seconds"]) if row["train_step_seconds"] else "-",
-            f"{mfu:.0%}" if mfu else "-", human_bytes(row["peak_bytes"]),
-            verdict_words(row["decode"]) if row["decode"] else "",
-        )  # fmt: skip
-    console.print(table)

@@ -10,6 +10,9 @@ FIELDS = {
     "attention": {"seqlen_q": 48, "seqlen_k": 48, "nheads": 4, "nheads_k": 4, "headdim": 16},
     "quant_matmul": {"n": 128, "k": 256},
     "quantize": {"shape": (32, 256)},
+    "decode_attention": {"lengths": (130,), "nheads": 4, "nheads_k": 2},
+    "sparse_matmul": {"n": 128, "k": 256},
+    "distill_loss": {"rows": 20, "vocab": 300, "hidden": 16},
 }
 
 

@@ -16,9 +16,11 @@ from types import ModuleType
 from ..problem import Problem, Unsupported, Variant, choose
 
 FILES = ("torch_sdpa", "flex_attention", "flash_attn", "xformers", "torch_dense", "torch_reference",
-         "bitsandbytes", "torchao", "onnxruntime", "gptqmodel", "compressed_tensors")  # fmt: skip
+         "bitsandbytes", "torchao", "onnxruntime", "gptqmodel", "compressed_tensors", "torch_naive",
+         "liger_kernel", "trl", "ours")  # fmt: skip
 # Where the distribution is not named like the module.
-_DISTRIBUTIONS = {"flash_attn": "flash-attn", "compressed_tensors": "compressed-tensors"}
+_DISTRIBUTIONS = {"flash_attn": "flash-attn", "compressed_tensors": "compressed-tensors",
+                  "liger_kernel": "liger-kernel"}  # fmt: skip
 
 
 def modules() -> list[ModuleType]:

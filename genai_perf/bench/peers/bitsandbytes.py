@@ -7,8 +7,8 @@ bfloat16; "bitsandbytes:portable" is its path for all others, dequantize and the
 import torch
 
 from ..problem import Problem, Unsupported, Variant
+from ..suites import linear
 from ..suites.quantize import named
-from .torch_dense import linear_variant
 
 MODULE = "bitsandbytes"
 DEVICES = ("cpu", "cuda")
@@ -47,7 +47,7 @@ def _linear(variant: str, problem: Problem, double: bool) -> Variant:
         layer.support_avx512bf16_for_cpu = fused = False
     numerics = "bfloat16" if fused else None if x.dtype == torch.float32 else str(x.dtype)[6:]
     held = None if x.dtype == torch.float32 and not double else _held(bnb, dense.to(x.dtype), kind)
-    return linear_variant(problem, layer, x, numerics=numerics, weight=held)
+    return linear.variant(problem, layer, x, numerics=numerics, weight=held)
 
 
 def _held(bnb, dense: torch.Tensor, kind: dict) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..problem import Problem, Unsupported, Variant
-from .torch_dense import linear_variant
+from ..suites import linear
 
 MODULE = "compressed_tensors"
 DEVICES = ("cpu", "cuda")
@@ -22,10 +22,10 @@ def build(variant: str, problem: Problem) -> Variant:
         raise Unsupported("compressed-tensors wants rows of whole groups")
     words, scale = weight.qdata.view(torch.int32), weight.scale.float().unsqueeze(-1)
 
-    def linear(x: torch.Tensor) -> torch.Tensor:
+    def layer(x: torch.Tensor) -> torch.Tensor:
         codes = unpack_from_int32(words, 4, torch.Size((n, k)))
         dense = codes.view(n, -1, weight.group_size).float() * scale
         return F.linear(x, dense.view(n, k).to(x.dtype))
 
     numerics = None if x.dtype == torch.float32 else str(x.dtype)[6:]
-    return linear_variant(problem, linear, x, numerics=numerics)
+    return linear.variant(problem, layer, x, numerics=numerics)

@@ -3,7 +3,7 @@
 import torch
 
 from ..problem import Problem, Unsupported, Variant
-from .torch_dense import linear_variant
+from ..suites import linear
 
 MODULE = "gptqmodel"
 DEVICES = ("cuda",)
@@ -27,4 +27,4 @@ def build(variant: str, problem: Problem) -> Variant:
     zeros = torch.full((n, k // 128), 8.0)
     layer.pack(dense, weight.scale.cpu().half(), zeros, groups)
     layer.to(problem.device).post_init()
-    return linear_variant(problem, layer, x, numerics=str(x.dtype)[6:])
+    return linear.variant(problem, layer, x, numerics=str(x.dtype)[6:])

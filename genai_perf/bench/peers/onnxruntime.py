@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..problem import Problem, Unsupported, Variant
-from ..suites.quant_matmul import named
+from ..suites.linear import named
 
 MODULE = "onnxruntime"
 DEVICES = ("cpu",)

@@ -1,31 +1,18 @@
-"""What a quantized layer replaces: torch's dense linear, and torch's own dynamic int8 one."""
+"""What a quantized or sparse layer replaces: torch's dense linear; torch's own dynamic int8 one."""
 
 import torch
 import torch.nn.functional as F
 
 from ..problem import Problem, Unsupported, Variant
-from ..suites.quant_matmul import named
+from ..suites import linear
 
 MODULE = None
 DEVICES = ("cpu", "cuda")
 VARIANTS = {
-    "torch-dense": ("quant_matmul",),
-    "torch-dense:own-dtype": ("quant_matmul",),
+    "torch-dense": ("quant_matmul", "sparse_matmul"),
+    "torch-dense:own-dtype": ("quant_matmul", "sparse_matmul"),
     "torch-int8-dynamic": ("quant_matmul",),
 }
-
-
-def linear_variant(problem: Problem, layer, x: torch.Tensor, **about) -> Variant:
-    """A variant from a linear layer as a function of x, forward or the gradient of x."""
-    if problem.phase == "forward":
-        return Variant(lambda: layer(x), named, **about)
-    leaf = x.detach().requires_grad_()
-    with torch.enable_grad():
-        y = layer(leaf)
-    if not y.requires_grad:
-        raise Unsupported("it has no gradient for its input")
-    dy = problem.inputs["dy"].to(y.dtype)
-    return Variant(lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0], named, **about)
 
 
 def build(variant: str, problem: Problem) -> Variant:
@@ -36,7 +23,7 @@ def build(variant: str, problem: Problem) -> Variant:
         x = x.float()
     weight = dense.to(x.dtype)
     about = {} if weight.dtype == torch.float32 else {"numerics": str(weight.dtype)[6:]}
-    return linear_variant(problem, lambda x: F.linear(x, weight), x, **about)
+    return linear.variant(problem, lambda x: F.linear(x, weight), x, **about)
 
 
 def _int8_dynamic(problem: Problem, x: torch.Tensor, dense: torch.Tensor) -> Variant:
@@ -54,4 +41,4 @@ def _int8_dynamic(problem: Problem, x: torch.Tensor, dense: torch.Tensor) -> Var
     held = made.weight().dequantize()
     x = x.float()
     # fbgemm keeps one bit of the activations' codes free, so that its sums do not saturate.
-    return Variant(lambda: made(x), named, numerics="int7", weight=held)
+    return linear.variant(problem, made, x, numerics="int7", weight=held)

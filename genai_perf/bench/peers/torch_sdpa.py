@@ -1,5 +1,7 @@
 """torch's scaled_dot_product_attention: as torch chooses, and each of its backends by name."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +18,9 @@ _BACKENDS = {
     "torch-sdpa:efficient": SDPBackend.EFFICIENT_ATTENTION,
     "torch-sdpa:cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-VARIANTS = {name: ("attention",) for name in _BACKENDS}
+EXPANDED = "torch-sdpa:expanded"
+VARIANTS = {name: ("attention", "decode_attention") for name in _BACKENDS} | {
+    EXPANDED: ("decode_attention",)}  # fmt: skip
 
 
 def heads_first(problem: Problem) -> list[torch.Tensor]:
@@ -45,21 +49,47 @@ def attention_variant(problem: Problem, function, tensors: list[torch.Tensor],
     return Variant(call, lambda raw: named(tuple(result(x) for x in raw)))
 
 
+def _decode(variant: str, problem: Problem) -> Variant:
+    """One query a sequence over a cache that torch holds as (batch, heads, keys, dim); "expanded":
+    a copy of each key head for every query head, made beforehand."""
+    given = problem.inputs
+    q, caches, count = given["q"], (given["k_cache"], given["v_cache"]), given["cache_seqlens"]
+    if given["block_table"] is not None or given["k"] is not None:
+        raise Unsupported("torch's SDPA has no pages and appends nothing")
+    if caches[0].dtype != q.dtype or len(set(count.tolist())) > 1:
+        raise Unsupported("torch's SDPA has no quantized cache and no lengths by sequence")
+    q, group = q.transpose(1, 2).contiguous(), problem.options["group"]
+    k, v = (x[:, : int(count[0])].transpose(1, 2).contiguous() for x in caches)
+    if variant == EXPANDED:
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    options = {"enable_gqa": variant != EXPANDED and group > 1}
+
+    def call() -> torch.Tensor:
+        with _chosen(variant):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+
+    return Variant(call, lambda raw: {"out": raw.transpose(1, 2)})
+
+
+def _chosen(variant: str):
+    backend = _BACKENDS.get(variant)
+    return nullcontext() if backend is None else sdpa_kernel(backend)
+
+
 def build(variant: str, problem: Problem) -> Variant:
-    q, k = problem.inputs["q"], problem.inputs["k"]
-    if problem.options["causal"] and q.shape[1] != k.shape[1]:
-        raise Unsupported("torch aligns is_causal to the top left, genai_perf to the bottom right")
-    backend = _BACKENDS[variant]
+    backend = _BACKENDS.get(variant)
     if backend is not None and problem.device == "cpu" and backend not in (
             SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):  # fmt: skip
         raise Unsupported(f"torch has no {backend.name.lower()} on the CPU")
+    if problem.op == "decode_attention":
+        return _decode(variant, problem)
+    q, k = problem.inputs["q"], problem.inputs["k"]
+    if problem.options["causal"] and q.shape[1] != k.shape[1]:
+        raise Unsupported("torch aligns is_causal to the top left, genai_perf to the bottom right")
     options = {"is_causal": problem.options["causal"], "enable_gqa": problem.options["group"] > 1}
 
-    def plain(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, **options)
+    def function(q, k, v):
+        with _chosen(variant):
+            return F.scaled_dot_product_attention(q, k, v, **options)
 
-    def chosen(q, k, v):
-        with sdpa_kernel(backend):
-            return plain(q, k, v)
-
-    return attention_variant(problem, plain if backend is None else chosen, heads_first(problem))
+    return attention_variant(problem, function, heads_first(problem))

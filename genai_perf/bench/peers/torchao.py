@@ -3,7 +3,7 @@
 import torch
 
 from ..problem import Problem, Unsupported, Variant
-from .torch_dense import linear_variant
+from ..suites import linear
 
 MODULE = "torchao"
 DEVICES = ("cpu", "cuda")
@@ -27,4 +27,4 @@ def build(variant: str, problem: Problem) -> Variant:
     held = held.dequantize().float() if hasattr(held, "dequantize") else None
     numerics = None if x.dtype == torch.float32 else str(x.dtype)[6:]
     with torch.no_grad():
-        return linear_variant(problem, model, x, numerics=numerics, weight=held)
+        return linear.variant(problem, model, x, numerics=numerics, weight=held)

@@ -4,6 +4,7 @@ A suite is a module with
     PHASES      what can be timed, the usual one first
     BASELINE    the peer that it is compared with if none is named
     BACKENDS    the op's own, in order of preference
+    EXTRA       further own variants, measured where they are named; may be left out
     HEADLINE    the cases of a quick run
     cases()     name -> case, those that are large enough to time
     make(case, phase, device, seed) -> Problem
@@ -17,16 +18,19 @@ from types import ModuleType
 from ...ops import OPS
 from ..problem import choose
 
-SUITES = ("attention", "quantize", "quant_matmul")
+SUITES = OPS
 
 
 def suite(op: str) -> ModuleType:
     """The suite of an op.
 
     Raises:
-        ValueError: unknown op, or one that has no suite yet.
+        ValueError: unknown op; offers the nearest.
     """
-    if op in OPS and op not in SUITES:
-        raise ValueError(f"bench: {op} has no suite in genai_perf/bench/suites yet; "
-                         f"those that have one: {', '.join(SUITES)}")  # fmt: skip
     return import_module(f"{__name__}.{choose('op', op, SUITES)}")
+
+
+def own_names(op: str) -> tuple[str, ...]:
+    """Backends of an op and its further own variants."""
+    room = suite(op)
+    return (*room.BACKENDS, *getattr(room, "EXTRA", ()))

@@ -52,6 +52,13 @@ def _cases() -> list[Case]:
                       tags=("edge",)))  # fmt: skip
     for rows in (64, 512, 4096):
         cases.append(Case(f"bench-{rows}", rows, 32768, hidden=512, k=64, tags=("bench", "model")))
+    for teacher in ("topk", "none"):
+        for rows in (64, 512):
+            label = "labels" if teacher == "none" else teacher
+            cases.append(Case(f"bench-{rows}-{label}", rows, 32768, hidden=512, k=64,
+                              teacher=teacher, tags=("bench", "model")))  # fmt: skip
+    cases.append(Case("bench-512-bfloat16", 512, 32768, hidden=512, k=64, dtype=torch.bfloat16,
+                      tags=("bench", "model")))  # fmt: skip
     return cases
 
 
