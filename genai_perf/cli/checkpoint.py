@@ -1,4 +1,5 @@
-"""genaiperf convert and genaiperf validate: quantized checkpoints on their way to a server."""
+"""genaiperf convert, validate and pack-sparse: compressed checkpoints on their way to where they
+run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -41,3 +42,19 @@ def validate(
         typer.echo(str(found))
         if not found.ok:
             raise typer.Exit(1)
+
+
+def pack_sparse(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Pruned checkpoint folder.")],
+    layout: Annotated[
+        str | None, typer.Option(help="2:4 or bitmask; else, for each layer, 2:4 where it fits.")
+    ] = None,
+) -> None:
+    """Write the pruned layers of a checkpoint without their zeros, in a file beside the others."""
+    with user_errors():
+        from .. import io
+
+        made = io.pack_sparse(source, layout=layout)
+        typer.echo(str(made))
+        for layer, reason in made.skipped.items():
+            typer.echo(f"skipped {layer}: {reason}")

@@ -32,6 +32,10 @@ def command(
     activations: Annotated[
         str, typer.Option(help="Where layer inputs live: memory, or disk for files beside DST.")
     ] = "memory",
+    pack_sparse: Annotated[
+        bool,
+        typer.Option("--pack-sparse", help="Write the pruned layers without their zeros, too."),
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Drop the finished blocks of an earlier run.")
     ] = False,
@@ -46,6 +50,9 @@ def command(
         import genai_perf as gp
 
         chosen = gp.Recipe.of(recipe)
+        steps = (*chosen.steps, *(step for _, those in chosen.rules for step in those))
+        if pack_sparse and not any(step.prunes for step in steps):
+            raise ValueError(f"--pack-sparse: recipe {chosen.name} prunes nothing")
         texts = _texts(calibration) if chosen.needs_calibration else None
         with Stages() as stages:
             report = gp.compress(
@@ -62,6 +69,8 @@ def command(
             )
         Console().print(str(report), markup=False, highlight=False)
         typer.echo(f"{destination}: written")
+        if pack_sparse:
+            typer.echo(str(gp.pack_sparse(destination)))
         _say_who_serves(destination)
 
 

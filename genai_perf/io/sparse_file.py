@@ -66,7 +66,10 @@ def pack_sparse(path: str | Path, *, layout: str | None = None) -> SparseFile:
     checkpoint = Checkpoint(path)
     target = checkpoint.path / NAME
     work = checkpoint.path / f".{NAME}.{secrets.token_hex(4)}.tmp"
-    layers, skipped, parts, dense = {}, {}, [], 0
+    layers, parts, dense = {}, [], 0
+    skipped = {name: "experts in one stack, which no packed layer computes"
+               for name in checkpoint.names()
+               if "experts." in name and len(checkpoint.info(name).shape) == 3}  # fmt: skip
     work.mkdir()
     try:
         for name, weight in _weights(checkpoint):
@@ -80,7 +83,9 @@ def pack_sparse(path: str | Path, *, layout: str | None = None) -> SparseFile:
             parts.append(work / f"{len(parts):06d}")
             write_file(parts[-1], packed.state_dict(f"{name}."))
         if not parts:
-            raise CheckpointError(f"{checkpoint.path}: no linear layer is pruned")
+            reasons = (f": {name}: {reason}" for name, reason in skipped.items())
+            raise CheckpointError(f"{checkpoint.path}: no linear layer is pruned and can be packed"
+                                  f"{next(reasons, '')}")  # fmt: skip
         join_files(parts, work / NAME)
         (work / NAME).replace(target)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""genaiperf convert and genaiperf validate."""
+"""genaiperf convert, validate and pack-sparse."""
 
 import torch
 from typer.testing import CliRunner
@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 from genai_perf import formats
 from genai_perf.cli import app
 from genai_perf.io import Checkpoint, ShardWriter, compressed_tensors
+from genai_perf.io.sparse_file import read_sparse
 
 
 def folder(path):
@@ -37,6 +38,22 @@ def test_convert_then_validate(tmp_path):
     )
 
 
+def test_pack_sparse_says_what_it_packed_and_what_not(tmp_path):
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    pruned = weight * (torch.arange(128) % 2)
+    with ShardWriter(tmp_path / "a") as writer:
+        writer.write({"l.q.weight": pruned, "l.k.weight": weight,
+                      "l.experts.down_proj": pruned[None]})  # fmt: skip
+        writer.commit({})
+    done = run("pack-sparse", tmp_path / "a")
+    assert done.exit_code == 0 and "1 layers in" in done.output
+    assert "skipped l.k: 0% of it is zero" in done.output
+    assert "skipped l.experts.down_proj: experts in one stack" in done.output
+    assert list(read_sparse(tmp_path / "a")) == ["l.q"]
+    assert run("pack-sparse", tmp_path / "a", "--layout", "bitmask").exit_code == 0
+    assert read_sparse(tmp_path / "a")["l.q"].layout == "bitmask"
+
+
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
     source = folder(tmp_path / "a")
     for arguments, word in (
@@ -45,6 +62,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
         (("convert", tmp_path / "none", tmp_path / "b", "--to", "gptq"), "does not exist"),
         (("validate", source, "--target", "sglang"), "sglang"),
         (("validate", source, "--tp", "0"), "tp must be positive"),
+        (("pack-sparse", tmp_path / "none"), "does not exist"),
+        (("pack-sparse", source), "no linear layer is pruned"),
+        (("pack-sparse", source, "--layout", "4:8"), "layout must be one of"),
     ):
         done = run(*arguments)
         assert done.exit_code == 2, done.output

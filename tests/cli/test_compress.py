@@ -46,6 +46,19 @@ def test_calibration_and_recipe_from_files(tiny_checkpoint, text_file, tmp_path)
     assert report["totals"]["sparsity"] == pytest.approx(0.25, abs=0.01)
 
 
+def test_pack_sparse_writes_the_side_file_too(tiny_checkpoint, tmp_path):
+    import genai_perf as gp
+
+    code, out, err = run(tiny_checkpoint, tmp_path / "out", "--recipe", "magnitude-2:4+int8-rtn",
+                         "--pack-sparse")  # fmt: skip
+    assert code == 0, err
+    side = tmp_path / "out" / "sparse_weights.gpst"
+    assert f"{side}: 14 layers in" in out and side.exists()
+    layers = [m for m in gp.load_compressed(tmp_path / "out").modules()
+              if isinstance(m, gp.nn.SparseLinear)]  # fmt: skip
+    assert len(layers) == 14
+
+
 def bad(tmp_path, tiny_checkpoint, text_file):
     """(words, what the sentence must hold)"""
     (tmp_path / "empty.txt").write_text("")
@@ -69,10 +82,12 @@ def bad(tmp_path, tiny_checkpoint, text_file):
           "--max-seqlen", 9999), ["9999", "256"]),
         ((tiny_checkpoint, new, "--recipe", "int4-gptq", "--calibration", text_file,
           "--samples", 0), ["n_samples", "0"]),
+        ((tiny_checkpoint, new, "--recipe", "int8-rtn", "--pack-sparse"),
+         ["--pack-sparse", "int8-rtn prunes nothing"]),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", range(10))
+@pytest.mark.parametrize("case", range(11))
 def test_bad_input_is_one_sentence_and_leaves_nothing(case, tiny_checkpoint, text_file, tmp_path):
     words, expected = bad(tmp_path, tiny_checkpoint, text_file)[case]
     before = sorted(p.name for p in tmp_path.rglob("*"))
