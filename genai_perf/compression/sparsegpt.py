@@ -53,7 +53,7 @@ def solve(
     sparsity: float | None = None,
     pattern: str | None = None,
     refine: str | None = "cg",
-    search: int = 30,
+    search: int = 40,
     damp_frac: float = 0.01,
     block_size: int = 128,
     quantizer: Grid | None = None,

@@ -105,7 +105,7 @@ class SparseGPT(_Pruner):
     """SparseGPT, with the options of `sparsegpt.solve`; refined unless refine is None."""
 
     refine: str | None = "cg"
-    search: int = 30
+    search: int = 40
     damp_frac: float = 0.01
     block_size: int = 128
     method: ClassVar[str] = "sparsegpt"
