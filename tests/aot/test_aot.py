@@ -26,6 +26,13 @@ def test_the_decode_kernels_compile(arch):
     assert [problem for result in results for problem in result.problems] == []
 
 
+@pytest.mark.parametrize("arch", CHIPS)
+def test_the_sparse_kernels_compile(arch):
+    results = list(gate((arch,), subset=True, only="sparse "))
+    assert len(results) == 4
+    assert [problem for result in results for problem in result.problems] == []
+
+
 def test_a_spill_fails():
     large = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
     source = shipped.source("fwd", "sm_80", torch.bfloat16, 128, 128, "causal", large)

@@ -24,14 +24,14 @@ SPARSE_MATMUL = Op(
     f"(Tensor x, {_WEIGHT}, Tensor? bias, int group_size, SymInt n, *, str? backend=None) "
     "-> Tensor",
     fake=_fake_forward,
-    backends=("native", "reference"),
+    backends=("triton", "native", "reference"),
 )
 SPARSE_MATMUL_BACKWARD = Op(
     __package__,
     "sparse_matmul_backward",
     f"(Tensor dy, {_WEIGHT}, int group_size, SymInt k, *, str? backend=None) -> Tensor",
     fake=_fake_backward,
-    backends=("native", "reference"),
+    backends=("triton", "native", "reference"),
     entry="backward",
 )
 
@@ -68,7 +68,7 @@ def sparse_matmul(x: torch.Tensor, weight: SparseTensor, bias: torch.Tensor | No
         x: (..., K), fp32, bf16 or fp16.
         weight: W of shape (N, K), from `formats.sparse24.pack` or `formats.sparse.pack`.
         bias: (N), fp32, bf16 or fp16, or None.
-        backend: "native" or "reference"; None takes the first that can run the call.
+        backend: "triton", "native" or "reference"; None takes the first that can run the call.
 
     Returns:
         (..., N), of the dtype of x. Up to 8 rows, the same bits for any number of threads and of

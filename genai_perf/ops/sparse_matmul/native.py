@@ -4,13 +4,11 @@ more, and for gradients, panels of W are decoded to fp32 and multiplied by torch
 import torch
 
 from ..._backends import native
-from ..._checks import fail
+from . import weights
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # csrc/cpu/sparse_matmul.h holds the same numbers.
 KIND_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 FEW_ROWS = 8
-PANEL = 1 << 21  # weights decoded at once: 8 MB
 
 
 def why_not(x, values, index, row_start, scale, bias, group_size, n) -> str | None:
@@ -61,46 +59,19 @@ def backward(dy, values, index, row_start, scale, group_size, k):
 
 def _panels(weight, n, k):
     """(first row, end, rows of W in fp32) over all of W."""
-    step = max(1, PANEL // max(1, k))
-    for start in range(0, n, step):
-        stop = min(start + step, n)
+    for start, stop in weights.panels(n, k):
         panel = torch.empty(stop - start, k)
         native.lib().sparse_decode(*weight, start, stop, panel.data_ptr(), native.threads())
         yield start, stop, panel
 
 
 def _weight(n, k, values, index, row_start, scale, group_size):
-    """The kernel's description of the weight, and the tensors that must outlive it. The kernels
-    trust their pointers: components that do not fit the weight stop here."""
-    units = -(-k // 8)
-    kind = KIND_CODES.get(values.dtype)
-    if kind is None:
-        fail("sparse_matmul", "values", "fp32, bf16, fp16, int8 or uint8", values.dtype)
-    if index.dtype != torch.uint8 or index.numel() != n * units:
-        fail("sparse_matmul", "index", f"{n * units} of torch.uint8 for shape {(n, k)}",
-             f"{index.numel()} of {index.dtype}")  # fmt: skip
-    count = 4 * units * n
-    if row_start is not None:
-        if row_start.dtype != torch.int64 or row_start.numel() != n + 1:
-            fail("sparse_matmul", "row_start", f"{n + 1} of torch.int64",
-                 f"{row_start.numel()} of {row_start.dtype}")  # fmt: skip
-        count = int(row_start[-1])
-    if values.numel() != (count // 2 if kind == 4 else count):
-        fail("sparse_matmul", "values", f"as many as the index says ({count})", values.numel())
-    groups = 1
-    if group_size > 0:
-        groups = -(-k // group_size)
-    if group_size != -1 and (group_size < 8 or group_size % 8):
-        fail("sparse_matmul", "group_size", "-1 or a multiple of 8", group_size)
-    if (scale is None) != (kind < 3) or (scale is not None and scale.numel() != n * groups):
-        got = None if scale is None else scale.numel()
-        fail("sparse_matmul", "scale", f"{n * groups} for codes, None for floats", got)
-    if scale is not None and scale.dtype not in FLOATS:
-        fail("sparse_matmul", "scale", "fp32, bf16 or fp16", scale.dtype)
-    held = [None if t is None else t.contiguous() for t in (values, index, row_start, scale)]
+    """The kernel's description of the weight, and the tensors that must outlive it."""
+    held, _ = weights.checked(n, k, values, index, row_start, scale, group_size)
     values, index, row_start, scale = held
     described = (
-        n, k, kind, values.data_ptr(), values.nbytes, index.data_ptr(), native.pointer(row_start),
-        native.pointer(scale), 0 if scale is None else native.DTYPE_CODES[scale.dtype], group_size,
+        n, k, KIND_CODES[values.dtype], values.data_ptr(), values.nbytes, index.data_ptr(),
+        native.pointer(row_start), native.pointer(scale),
+        0 if scale is None else native.DTYPE_CODES[scale.dtype], group_size,
     )  # fmt: skip
     return described, held

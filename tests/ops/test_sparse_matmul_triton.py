@@ -1,0 +1,29 @@
+"""The Triton sparse kernels; the cases are in triton_sparse_matmul_cases.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from triton_process import run_cases
+
+import genai_perf as gp
+from genai_perf.ops.sparse_matmul import cases
+
+pytest.importorskip("triton", reason="triton is not installed")
+CASES = Path(__file__).with_name("triton_sparse_matmul_cases.py")
+
+
+def test_cases_in_the_interpreter():
+    run_cases(CASES, interpret=True)
+
+
+if torch.cuda.is_available():
+
+    def test_cases_on_the_gpu():
+        run_cases(CASES, interpret=False)
+
+
+def test_reason_on_the_cpu_without_the_interpreter():
+    _, w, _ = cases.make_inputs(cases.Case("", 1, 3, 33, "2:4", "bfloat16"))
+    with pytest.raises(gp.BackendUnsupported, match="triton needs CUDA tensors, got cpu"):
+        gp.sparse_matmul(torch.zeros(1, 33), w, backend="triton")
