@@ -1,5 +1,6 @@
 """sparse_matmul against a float64 product with the stored weight."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch import library
 
 import genai_perf as gp
 from genai_perf.formats import sparse, sparse24
-from genai_perf.ops.sparse_matmul import cases
+from genai_perf.ops.sparse_matmul import cases, semi_structured
 from genai_perf.testing.numerics import assert_close_to_oracle
 
 _C = pytest.importorskip("genai_perf._C", reason="the native extension is not built")
@@ -176,3 +177,55 @@ def test_other_objects_are_refused():
     with pytest.raises(TypeError, match="weight must be a SparseTensor, got Tensor"):
         gp.sparse_matmul(x, x)
     assert gp.explain(gp.sparse_matmul, x, w).backend == "native"
+
+
+class FakeGpuTensor:
+    """What `why_not` reads of a tensor."""
+
+    def __init__(self, shape, dtype=torch.bfloat16, device="cuda:0"):
+        self.shape, self.dtype, self.device = torch.Size(shape), dtype, torch.device(device)
+
+    def numel(self):
+        return self.shape.numel()
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({}, None),
+    ({"x": FakeGpuTensor((16, 128), device="cpu")}, "needs tensors of an NVIDIA GPU, got cpu"),
+    ({"row_start": object()}, "takes the 2:4 layout, got a bitmask"),
+    ({"values": FakeGpuTensor((64, 64), torch.int8)}, "got torch.bfloat16 and torch.int8"),
+    ({"bias": FakeGpuTensor((64,), torch.float32)}, "a bias of the dtype of x"),
+    ({"n": 48}, r"N a multiple of 32 and K of 64, got \(48, 128\)"),
+    ({"x": FakeGpuTensor((2, 4, 128))}, "more than 8 rows of x, got 8"),
+    ({"capability": (7, 5)}, "compute capability 8.0, got 7.5"),
+])  # fmt: skip
+def test_semi_structured_is_for_many_rows_on_a_gpu(change, reason, monkeypatch):
+    call = {"x": FakeGpuTensor((2, 8, 128)), "values": FakeGpuTensor((64, 64)), "index": None,
+            "row_start": None, "scale": None, "bias": None, "group_size": -1, "n": 64,
+            "capability": (9, 0)} | change  # fmt: skip
+    capability = call.pop("capability")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    got = semi_structured.why_not(*call.values())
+    assert got is None if reason is None else re.search(reason, got)
+
+
+def test_semi_structured_gives_torch_the_weight_once(monkeypatch):
+    made = []
+
+    def convert(dense):
+        made.append(dense)
+        return dense
+
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", convert)
+    monkeypatch.setattr(semi_structured, "why_not", lambda *args: None)
+    x, w, bias = make(24, 64, 128, "2:4", "float16", torch.float16)
+    bias, x = bias.half(), x.view(2, 12, 128).requires_grad_()
+    want = F.linear(x, w.to_dense(), bias)
+    for _ in range(2):
+        y = gp.sparse_matmul(x, w, bias)
+        assert torch.equal(y, want)
+    assert len(made) == 1 and torch.equal(made[0], w.to_dense())
+    (dx,) = torch.autograd.grad(y.float().sum(), x)
+    torch.testing.assert_close(dx, w.to_dense().sum(0).expand(2, 12, 128), rtol=1e-2, atol=1e-2)
+    w.values.mul_(2)
+    assert torch.equal(gp.sparse_matmul(x, w), F.linear(x, w.to_dense())) and len(made) == 2

@@ -24,7 +24,7 @@ SPARSE_MATMUL = Op(
     f"(Tensor x, {_WEIGHT}, Tensor? bias, int group_size, SymInt n, *, str? backend=None) "
     "-> Tensor",
     fake=_fake_forward,
-    backends=("triton", "native", "reference"),
+    backends=("semi_structured", "triton", "native", "reference"),
 )
 SPARSE_MATMUL_BACKWARD = Op(
     __package__,
@@ -46,9 +46,8 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
 def _backward(ctx, dy):
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = SPARSE_MATMUL_BACKWARD(
-            dy, *ctx.saved_tensors, ctx.group_size, ctx.k, backend=ctx.backend
-        )
+        backend = None if ctx.backend == "semi_structured" else ctx.backend
+        dx = SPARSE_MATMUL_BACKWARD(dy, *ctx.saved_tensors, ctx.group_size, ctx.k, backend=backend)
     if ctx.needs_input_grad[5]:
         dbias = dy.reshape(-1, dy.shape[-1]).float().sum(0).to(ctx.bias_dtype)
     return dx, None, None, None, None, dbias, None, None, None
@@ -68,7 +67,8 @@ def sparse_matmul(x: torch.Tensor, weight: SparseTensor, bias: torch.Tensor | No
         x: (..., K), fp32, bf16 or fp16.
         weight: W of shape (N, K), from `formats.sparse24.pack` or `formats.sparse.pack`.
         bias: (N), fp32, bf16 or fp16, or None.
-        backend: "triton", "native" or "reference"; None takes the first that can run the call.
+        backend: "semi_structured", "triton", "native" or "reference"; None takes the first that
+            can run the call.
 
     Returns:
         (..., N), of the dtype of x. Up to 8 rows, the same bits for any number of threads and of

@@ -22,16 +22,16 @@ def ones_below(byte, bit):
 
 
 @triton.jit
-def expand(values_ptr, index_ptr, scale_ptr, rows, begin, units_done, n, k, units, groups,
-           group_size, KIND: tl.constexpr, TWO_FOUR: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
-    """Units of 8 columns from units_done on, of some rows.
+def expand(values_ptr, index_ptr, scale_ptr, rows, begin, done, n, units, groups, group_size,
+           KIND: tl.constexpr, TWO_FOUR: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
+    """UNITS units of 8 columns, from `done` on, of some rows.
 
     rows, begin: (R,) int64; begin is where a row's values not yet read begin (bitmask).
 
     Returns:
         weight (R, UNITS, 8) fp32, zero where pruned; columns (1, UNITS, 8); begin, moved on.
     """
-    unit = units_done + tl.arange(0, UNITS)  # (UNITS,)
+    unit = done + tl.arange(0, UNITS)  # (UNITS,)
     inside = (rows[:, None] < n) & (unit[None, :] < units)
     byte = tl.load(index_ptr + rows[:, None] * units + unit[None, :], mask=inside, other=0)
     byte = byte.to(tl.int32)  # (R, UNITS)
@@ -77,8 +77,21 @@ def _sparse_gemv_kernel(
         begin = tl.load(start_ptr + rows, mask=rows < n, other=0)
     sums = tl.zeros((BLOCK_N, UNITS, 8), tl.float32)
     for done in range(0, units, UNITS):
-        weight, column, begin = expand(values_ptr, index_ptr, scale_ptr, rows, begin, done, n, k,
-                                       units, groups, group_size, KIND, TWO_FOUR, UNITS)  # fmt: skip
+        weight, column, begin = expand(
+            values_ptr,
+            index_ptr,
+            scale_ptr,
+            rows,
+            begin,
+            done,
+            n,
+            units,
+            groups,
+            group_size,
+            KIND,
+            TWO_FOUR,
+            UNITS,
+        )
         x = tl.load(x_ptr + i * k + column, mask=column < k, other=0.0)
         sums += weight * x.to(tl.float32)
     y = tl.sum(tl.sum(sums, 2), 1)
@@ -99,7 +112,20 @@ def _sparse_decode_kernel(
     if not TWO_FOUR:
         begin = tl.load(start_ptr + rows, mask=rows < stop, other=0)
     for done in range(0, units, UNITS):
-        weight, column, begin = expand(values_ptr, index_ptr, scale_ptr, rows, begin, done, n, k,
-                                       units, groups, group_size, KIND, TWO_FOUR, UNITS)  # fmt: skip
+        weight, column, begin = expand(
+            values_ptr,
+            index_ptr,
+            scale_ptr,
+            rows,
+            begin,
+            done,
+            n,
+            units,
+            groups,
+            group_size,
+            KIND,
+            TWO_FOUR,
+            UNITS,
+        )
         place = out_ptr + (rows - row0)[:, None, None] * k + column
         tl.store(place, weight, mask=(column < k) & (rows < stop)[:, None, None])
