@@ -25,15 +25,15 @@ AXES = {
 Choice = dict[str, object]
 
 
-def pairwise(seed: int = 0, tries: int = 40) -> list[Choice]:
+def pairwise(seed: int = 0, tries: int = 40, axes: dict[str, tuple] = AXES) -> list[Choice]:
     """Choices among which every pair of values of two axes occurs; greedy, the same for a seed."""
     rng = random.Random(seed)
-    names = list(AXES)
+    names = list(axes)
     left = {
         ((a, i), (b, j))
         for a, b in combinations(names, 2)
-        for i in range(len(AXES[a]))
-        for j in range(len(AXES[b]))
+        for i in range(len(axes[a]))
+        for j in range(len(axes[b]))
     }
 
     def pairs(indices):
@@ -43,11 +43,11 @@ def pairwise(seed: int = 0, tries: int = 40) -> list[Choice]:
     while left:
         wanted = dict(min(left, key=str))  # one pair that is left is in every try
         candidates = [
-            {n: wanted.get(n, rng.randrange(len(AXES[n]))) for n in names} for _ in range(tries)
+            {n: wanted.get(n, rng.randrange(len(axes[n]))) for n in names} for _ in range(tries)
         ]
         best = max(candidates, key=lambda indices: len(pairs(indices) & left))
         left -= pairs(best)
-        chosen.append({n: AXES[n][i] for n, i in best.items()})
+        chosen.append({n: axes[n][i] for n, i in best.items()})
     return chosen
 
 

@@ -31,20 +31,20 @@ def run(inputs: dict, *, backend: str, dtype=None, seed: int = 1, upstream=None)
     out, lse = gp.attention(**call, return_lse=True, backend=backend)
     if upstream is None:
         generator = torch.Generator().manual_seed(seed)
-        upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, lse)]
-    upstream = [x.to(y.dtype) for x, y in zip(upstream, (out, lse), strict=True)]
+        upstream = [torch.randn(x.shape, generator=generator) for x in (out, lse)]
+    upstream = [x.to(y) for x, y in zip(upstream, (out, lse), strict=True)]
     grads = torch.autograd.grad((out, lse), list(wanted.values()), upstream)
     named = {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
     return {"out": out.detach(), "lse": lse.detach(), **named, "upstream": upstream}
 
 
-def check_oracle(inputs: dict, others: Iterable[dict] = ()) -> None:
-    """The native backend by the project's rule.
+def check_oracle(inputs: dict, others: Iterable[dict] = (), backend: str = "native") -> None:
+    """A backend by the project's rule.
 
     The largest error among a few elements is mostly luck: for such tensors the yardstick is the
     largest error over `others` too, inputs of the same case, as many of them as are needed.
     """
-    got = run(inputs, backend="native")
+    got = run(inputs, backend=backend)
     ref, yardstick = oracle_and_yardstick(inputs, got["upstream"])
     others = iter(others)
     for name in got.keys() - {"upstream"}:

@@ -1,41 +1,22 @@
-"""The Triton attention kernels, in a process of their own: Triton reads TRITON_INTERPRET when a
-kernel is decorated. The cases are in triton_attention_cases.py."""
+"""The Triton attention kernels; the cases are in triton_attention*_cases.py."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from triton_runs import HERE, MODES, run_cases
 
 import genai_perf as gp
 
 pytest.importorskip("triton", reason="triton is not installed")
-CASES = Path(__file__).with_name("triton_attention_cases.py")
-ROOT = CASES.parent.parent.parent
 
 
-def run_cases(interpret: bool) -> None:
-    # One thread: the interpreter multiplies small matrices, which threads only slow down.
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    environment = os.environ | threads | {"TRITON_INTERPRET": "1" if interpret else "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--tb=short", str(CASES)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
-def test_cases_in_the_interpreter():
-    run_cases(interpret=True)
-
-
-if torch.cuda.is_available():
-
-    def test_cases_on_the_gpu():
-        run_cases(interpret=False)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("file", ["triton_attention_cases.py", "triton_attention_rules_cases.py"])
+def test_cases(file, mode):
+    run_cases(file, mode)
 
 
 def test_reason_on_the_cpu_without_the_interpreter():
@@ -50,4 +31,5 @@ def test_calls_on_the_cpu_import_no_triton():
         "sys.exit('triton' in sys.modules)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent.parent, env=environment)
+    assert done.returncode == 0

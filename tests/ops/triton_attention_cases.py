@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import genai_perf as gp
+from genai_perf.ops.attention.options import PLAIN
 from genai_perf.ops.attention.triton import launch
 from genai_perf.ops.attention.triton.problem import Problem
 from genai_perf.testing.numerics import assert_close_to_oracle
@@ -19,17 +20,16 @@ def problem(call: oracle.Call) -> Problem:
     def put(x):
         return None if x is None else x.detach().to(DEVICE)
 
-    lengths = {}
-    if call.cu_seqlens_q is not None:
-        lengths = {
-            "cu_seqlens_q": put(call.cu_seqlens_q), "cu_seqlens_k": put(call.cu_seqlens_k),
-            "max_seqlen_q": call.cu_seqlens_q.diff().max().item(),
-            "max_seqlen_k": call.cu_seqlens_k.diff().max().item(),
-        }  # fmt: skip
-    return Problem(
-        put(call.q), put(call.k), put(call.v), call.scale, call.left, call.right, call.softcap,
-        put(call.slopes), put(call.sinks), put(call.bias), **lengths,
+    cu_q, cu_k = call.cu_seqlens_q, call.cu_seqlens_k
+    left, right = (-1 if side is None else side for side in (call.left, call.right))
+    options = PLAIN._replace(
+        attn_bias=put(call.bias), sinks=put(call.sinks), alibi_slopes=put(call.slopes),
+        cu_seqlens_q=put(cu_q), cu_seqlens_k=put(cu_k),
+        max_seqlen_q=0 if cu_q is None else cu_q.diff().max().item(),
+        max_seqlen_k=0 if cu_k is None else cu_k.diff().max().item(),
+        window_left=left, window_right=right, softmax_scale=call.scale, softcap=call.softcap,
     )  # fmt: skip
+    return Problem(put(call.q), put(call.k), put(call.v), options)
 
 
 def run(call: oracle.Call, dout, dlse):

@@ -1,26 +1,16 @@
-"""What the attention kernels share on the device: sequences, tile ranges, scores, masked loads.
-
-Scores are in log2 units (softmax_scale * log2 e folded into one factor), so that exp2, the
-instruction that the hardware has, is the exponential; for float32 inputs they stay NATURAL, because
-folding rounds scores more coarsely than the float32 reference does. A window is a pair of
-distances: query i sees keys j with i + offset - left <= j <= i + offset + right, where offset is
-seqlen_k - seqlen_q.
-"""
+"""What the attention kernels share on the device: sequences, tile ranges, loads and stores."""
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Values of the constexpr BIAS.
-NO_BIAS, ADDED_BIAS, BOOL_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
 # Integer arguments whose value no kernel is specialised on: a new length compiles nothing.
 COUNTS = (
     "nheads", "nheads_k", "group", "streams", "together", "max_seqlen_q", "max_seqlen_k",
     "seqlen_q", "seqlen_k", "left", "right", "stride_lb", "stride_lh", "stride_slopes_b",
     "bias_heads", "bias_blocks_m", "bias_blocks_n", "batches", "heads", "blocks_m", "blocks_n",
+    "block_q", "block_k", "drop_below",
 )  # fmt: skip
 
 
@@ -112,19 +102,6 @@ def masked_tiles(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visible(rows, cols, seqlen_q, seqlen_k, left, right, HAS_LEFT: tl.constexpr,
-            HAS_RIGHT: tl.constexpr):  # fmt: skip
-    """Where query `rows` sees key `cols`; the two broadcast to the shape of the score tile."""
-    seen = (rows < seqlen_q) & (cols < seqlen_k)
-    aligned = rows + (seqlen_k - seqlen_q)
-    if HAS_LEFT:
-        seen = seen & (cols >= aligned - left)
-    if HAS_RIGHT:
-        seen = seen & (cols <= aligned + right)
-    return seen
-
-
-@triton.jit
 def exponential(x, NATURAL: tl.constexpr):
     return tl.exp(x) if NATURAL else tl.exp2(x)
 
@@ -148,38 +125,6 @@ def tanh(x, NATURAL: tl.constexpr):
         series = series * x2 - 1.0 / 3.0
         y = tl.where(tl.abs(x) < 0.3, x + x * x2 * series, y)
     return y
-
-
-@triton.jit
-def scores(qk, first_m, first_n, rows, cols, seqlen_q, seqlen_k, qk_scale, softcap, slope, bias_ptr,
-           stride_bias_m, stride_bias_n, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-           BIAS: tl.constexpr, NATURAL: tl.constexpr):  # fmt: skip
-    """Scores in their units from raw q k^T, and the derivative of softcap (1.0 without it).
-
-    qk_scale holds the unit, or with SOFTCAP softmax_scale / softcap alone; bias_ptr is that of the
-    batch and head. rows and cols broadcast, so the tile may be either way round.
-    """
-    slope_of_cap = 1.0
-    if SOFTCAP:
-        t = tanh(qk * qk_scale, NATURAL)
-        slope_of_cap = 1.0 - t * t
-        s = t * (softcap * unit(NATURAL))
-    else:
-        s = qk * qk_scale
-    if ALIBI:
-        distance = tl.abs(rows + (seqlen_k - seqlen_q) - cols).to(tl.float32)
-        s = s - distance * (slope * unit(NATURAL))
-    if BIAS != NO_BIAS:
-        inside = (rows < seqlen_q) & (cols < seqlen_k)
-        bias_ptr += (
-            tl.cast(first_m, tl.int64) * stride_bias_m + tl.cast(first_n, tl.int64) * stride_bias_n
-        )
-        ptrs = bias_ptr + (rows - first_m) * stride_bias_m + (cols - first_n) * stride_bias_n
-        if BIAS == ADDED_BIAS:
-            s = s + tl.load(ptrs, mask=inside, other=0.0).to(tl.float32) * unit(NATURAL)
-        else:
-            s = tl.where(tl.load(ptrs, mask=inside, other=0) != 0, s, float("-inf"))
-    return s, slope_of_cap
 
 
 @triton.jit

@@ -1,9 +1,4 @@
-"""Tile sizes, warps and stages: measured where there is a table, else by the rule below.
-
-The rule is **not measured here**: it starts from configurations that others published for flex
-attention and Triton's tutorial on the A100, H100, B200 and MI300X, changed where the compiler
-spilled registers or passed the chip's shared memory (`make aot` checks each of them).
-"""
+"""Tile sizes, warps and stages: measured where there is a table, else those of `tiles`."""
 
 from pathlib import Path
 
@@ -12,84 +7,20 @@ import torch
 from ...._backends import triton as toolchain
 from ...._backends import tuning
 from .problem import Problem, block_dim
+from .tiles import DIMS, DROPOUT, FLOAT, HALF, HEAVY, NAMES, PLAIN
 
 TUNED = Path(__file__).parent.parent / "tuned"
 
-KERNELS = ("fwd", "dkdv", "dq", "dbias")
-# Largest head dimension of a column, padded to a power of two.
-DIMS = (64, 128, 256)
-
-# BLOCK_M, BLOCK_N, num_warps, num_stages for bfloat16 and float16, one column of DIMS each: plain
-# (masks, windows and sinks), then with softcap, ALiBi or a bias, which need more registers.
-HALF = {
-    "sm_80": {
-        "fwd": (
-            ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-            ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-        ),
-        "dkdv": (
-            ((32, 32, 4, 2), (32, 64, 8, 1), (16, 64, 8, 1)),
-            ((32, 32, 4, 1), (32, 64, 8, 1), (16, 32, 8, 1)),
-        ),
-        "dq": (
-            ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
-            ((64, 32, 8, 1), (64, 64, 8, 2), (64, 32, 8, 1)),
-        ),
-        "dbias": (((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),) * 2,
-    },
-    "sm_90": {
-        "fwd": (
-            ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-            ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
-        ),
-        "dkdv": (
-            ((32, 128, 8, 2), (32, 64, 8, 1), (32, 64, 8, 1)),
-            ((32, 64, 8, 1), (32, 64, 8, 1), (16, 64, 8, 1)),
-        ),
-        "dq": (
-            ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
-            ((128, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
-        ),
-        "dbias": (((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1)),) * 2,
-    },
-    "sm_100": {
-        "fwd": (
-            ((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-            ((128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 1)),
-        ),
-        "dkdv": (
-            ((64, 128, 8, 2), (64, 128, 8, 1), (64, 64, 8, 1)),
-            ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
-        ),
-        "dq": (
-            ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
-            ((128, 32, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
-        ),
-        "dbias": (((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),) * 2,
-    },
-    "gfx942": {
-        "fwd": (
-            ((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
-            ((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),
-        ),
-        "dkdv": (((32, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),) * 2,
-        "dq": (((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),) * 2,
-        "dbias": (((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),) * 2,
-    },
-}
-# float32: the exact products cost several instructions each, so tiles are small everywhere.
-FLOAT = {
-    "fwd": ((64, 32, 4, 2), (64, 32, 4, 1), (32, 16, 4, 1)),
-    "dkdv": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
-    "dq": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
-    "dbias": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
-}
+# The least rows of a tile; the least that wgmma and tcgen05 multiply.
+LEAST_TILE, LEAST_OWN_TILE = 16, 64
+# The largest head dimension of float32 that multiplies in TF32.
+MOST_TF32 = 64
 # Several tiles even for the short sequences that the interpreter can take.
 INTERPRETER = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 1}
 
 
 def family(arch: str) -> str:
-    """The row of HALF for an architecture; `small` for chips with 100 KiB of shared memory."""
+    """The key of HALF for an architecture; `small` for chips with 100 KiB of shared memory."""
     if arch.startswith("gfx"):
         return "gfx942"
     number = int(arch.removeprefix("sm_"))
@@ -99,8 +30,8 @@ def family(arch: str) -> str:
 
 
 def rule(kernel: str, arch: str, dtype: torch.dtype, headdim: int, headdim_v: int,
-         heavy: bool = False) -> dict:  # fmt: skip
-    """Launch keywords where nothing was measured; `heavy` with softcap, ALiBi or a bias."""
+         rules: int = PLAIN) -> dict:  # fmt: skip
+    """Launch keywords where nothing was measured; `rules` is PLAIN, HEAVY or DROPOUT."""
     dim = max(block_dim(headdim), block_dim(headdim_v))
     if kernel == "delta":
         return {"BLOCK_M": 64 if dim <= 128 else 32, "num_warps": 4, "num_stages": 1}
@@ -109,16 +40,26 @@ def rule(kernel: str, arch: str, dtype: torch.dtype, headdim: int, headdim_v: in
     column = next((i for i, largest in enumerate(DIMS) if dim <= largest), len(DIMS) - 1)
     chip = family(arch)
     if dtype == torch.float32 or chip == "small":
-        block_m, block_n, warps, stages = FLOAT[kernel][column]
+        table = FLOAT["gfx942" if chip == "gfx942" else "nvidia"]
     else:
-        block_m, block_n, warps, stages = HALF[chip][kernel][heavy][column]
+        table = HALF[chip]
+    block_m, block_n, warps, stages = table[kernel][rules][column]
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
-def precision(q: torch.Tensor) -> str:
-    """How tl.dot multiplies float32: three TF32 products, which keep float32's accuracy."""
-    exact = q.dtype != torch.float32 or toolchain.arch(q.device).startswith(("gfx", "interpreter"))
-    return "ieee" if exact else "tf32x3"
+def precision(arch: str, dtype: torch.dtype, *headdims: int) -> str:
+    """How tl.dot multiplies: float32 in three TF32 products, which keep its accuracy, or exactly
+    where matrices of TF32 lack or where the three would take more registers than there are."""
+    exact = arch.startswith(("gfx", "interpreter")) or max(map(block_dim, headdims)) > MOST_TF32
+    return "ieee" if dtype != torch.float32 or exact else "tf32x3"
+
+
+def matrix(kernel: str, arch: str, dtype: torch.dtype, precision: str, config: dict) -> str:
+    """Which matrix instruction a compiled kernel must have, as `triton_aot.Source` says."""
+    if kernel == "delta" or (dtype == torch.float32 and precision == "ieee" and "gfx" not in arch):
+        return "none"
+    rows = config["BLOCK_N" if kernel == "dkdv" else "BLOCK_M"]
+    return "own" if dtype != torch.float32 and rows >= LEAST_OWN_TILE else "any"
 
 
 def choose(kernel: str, problem: Problem) -> dict:
@@ -127,15 +68,14 @@ def choose(kernel: str, problem: Problem) -> dict:
     They depend on head dimensions, dtype, mask and sequence length, never on the batch, so that
     each sequence gets the same bits alone and in a batch.
     """
-    q = problem.q
-    heavy = bool(problem.softcap or problem.alibi_slopes is not None or problem.bias is not None)
+    q, o = problem.q, problem.options
     exact = {
         "kernel": kernel,
         "dtype": str(q.dtype).removeprefix("torch."),
         "block_d": block_dim(problem.headdim),
         "block_dv": block_dim(problem.headdim_v),
-        "causal": problem.window_right is not None,
-        "heavy": heavy,
+        "causal": o.window_right >= 0,
+        "rules": NAMES[kind(problem)],
     }
     measured = None
     if kernel != "delta" and q.device.type == "cuda":
@@ -143,4 +83,21 @@ def choose(kernel: str, problem: Problem) -> dict:
         near = {"seqlen": problem.seqlen_k}
         measured = tuning.lookup(TUNED, device, version, exact, near)
     arch = toolchain.arch(q.device)
-    return measured or rule(kernel, arch, q.dtype, problem.headdim, problem.headdim_v, heavy)
+    config = measured or rule(kernel, arch, q.dtype, problem.headdim, problem.headdim_v,
+                              kind(problem))  # fmt: skip
+    if o.block_mask is None or kernel == "delta":
+        return config
+    return within(config, o.block_q, o.block_k)
+
+
+def within(config: dict, block_q: int, block_k: int) -> dict:
+    """Tiles no larger than the blocks of a block mask, so that a tile lies within one of them;
+    where blocks are no multiple of the least tile, the configuration as it is."""
+    tiles = {"BLOCK_M": block_q & -block_q, "BLOCK_N": block_k & -block_k}
+    if min(tiles.values()) < LEAST_TILE:
+        return config
+    return config | {name: min(config[name], most) for name, most in tiles.items()}
+
+
+def kind(problem: Problem) -> int:
+    return DROPOUT if problem.options.dropout_p else HEAVY if problem.heavy() else PLAIN

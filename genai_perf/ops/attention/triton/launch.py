@@ -11,7 +11,7 @@ from .bwd_kernels import (
 )
 from .dbias_kernel import _attention_bwd_dbias_kernel
 from .fwd_kernel import _attention_fwd_kernel
-from .problem import Problem, rows, strides
+from .problem import Problem, block_dim, rows, strides
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -33,6 +33,15 @@ def _together(problem: Problem, streams_a_key_head: int) -> int:
     return min(key_heads * streams_a_key_head, 2**20)
 
 
+def _choose(kernel: str, problem: Problem) -> dict:
+    """The configuration of a kernel over scores and the constexprs that it shares with others."""
+    config, q = configs.choose(kernel, problem), problem.q
+    precision = configs.precision(
+        toolchain.arch(q.device), q.dtype, problem.headdim, problem.headdim_v
+    )
+    return config | problem.features(config) | {"PRECISION": precision}
+
+
 def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse (natural logarithm, float32)."""
     q, k, v = rows(problem.q), rows(problem.k), rows(problem.v)
@@ -41,18 +50,17 @@ def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     streams = problem.batch * problem.nheads
     if streams == 0 or problem.seqlen_q == 0:
         return out, lse
-    config = configs.choose("fwd", problem)
-    bias, bias_strides = problem.bias_and_strides()
-    qk_scale, softcap = problem.scales()
+    constants = _choose("fwd", problem)
+    bias, slopes, *rest = problem.rule_tensors()
+    sinks = problem.options.sinks
     toolchain.launch(
-        _attention_fwd_kernel, _cdiv(problem.seqlen_q, config["BLOCK_M"]) * streams, q.device,
-        q, k, v, out, lse, bias, problem.alibi_slopes, problem.sinks, problem.cu_seqlens_q,
-        problem.cu_seqlens_k, *strides(q), *strides(k), *strides(v), *strides(out),
-        *problem.lse_strides(), *bias_strides, problem.slopes_stride(), problem.nheads,
-        problem.group, streams, _together(problem, problem.group), problem.seqlen_q,
-        problem.seqlen_k, *problem.window(), qk_scale, softcap, SINKS=problem.sinks is not None,
-        SCALE_FIRST=problem.scale_first(), PRECISION=configs.precision(q),
-        **problem.features(), **config,
+        _attention_fwd_kernel, _cdiv(problem.seqlen_q, constants["BLOCK_M"]) * streams, q.device,
+        q, k, v, out, lse, bias, slopes, sinks, *rest, *problem.cu_seqlens,
+        *strides(q), *strides(k), *strides(v), *strides(out), *problem.lse_strides(),
+        *problem.rule_strides(), problem.nheads, problem.group, streams,
+        _together(problem, problem.group), problem.seqlen_q, problem.seqlen_k,
+        *problem.rule_numbers(), *problem.scales(), SINKS=sinks is not None,
+        SCALE_FIRST=problem.scale_first(constants), **constants,
     )  # fmt: skip
     return out, lse
 
@@ -65,36 +73,30 @@ def backward(problem: Problem, dout, dlse, out, lse, *, need_dbias: bool = True)
     dq, dk, dv = (_new(problem, x) for x in (q, k, v))
     delta = torch.empty_like(lse)
     dsinks = _delta(problem, out, dout, lse, dlse, delta)
-    bias, bias_strides = problem.bias_and_strides()
-    qk_scale, softcap = problem.scales()
-    shared = {"PRECISION": configs.precision(q), **problem.features()}
     inputs = (q, k, v, dout, lse, delta)
     input_strides = (*strides(q), *strides(k), *strides(v), *strides(dout))
-    tail = (*problem.lse_strides(), *bias_strides, problem.slopes_stride())
-    numbers = (problem.seqlen_q, problem.seqlen_k, *problem.window())
-    options = (bias, problem.alibi_slopes, problem.cu_seqlens_q, problem.cu_seqlens_k)
+    options = (*problem.rule_tensors(), *problem.cu_seqlens)
+    tail = (*problem.lse_strides(), *problem.rule_strides())
+    numbers = (problem.seqlen_q, problem.seqlen_k, *problem.rule_numbers(),
+               problem.options.softmax_scale, *problem.scales())  # fmt: skip
 
     streams = problem.batch * problem.nheads_k
     if streams and problem.seqlen_k:
-        config = configs.choose("dkdv", problem)
+        constants = _choose("dkdv", problem)
         toolchain.launch(
-            _attention_bwd_dkdv_kernel, _cdiv(problem.seqlen_k, config["BLOCK_N"]) * streams,
+            _attention_bwd_dkdv_kernel, _cdiv(problem.seqlen_k, constants["BLOCK_N"]) * streams,
             q.device, *inputs, dk, dv, *options, *input_strides, *strides(dk), *strides(dv), *tail,
-            problem.nheads_k, problem.group, streams, _together(problem, 1), *numbers,
-            problem.softmax_scale, qk_scale, softcap, **shared, **config,
+            problem.nheads_k, problem.group, streams, _together(problem, 1), *numbers, **constants,
         )  # fmt: skip
     streams = problem.batch * problem.nheads
     if streams and problem.seqlen_q:
-        config = configs.choose("dq", problem)
+        constants = _choose("dq", problem)
         toolchain.launch(
-            _attention_bwd_dq_kernel, _cdiv(problem.seqlen_q, config["BLOCK_M"]) * streams,
+            _attention_bwd_dq_kernel, _cdiv(problem.seqlen_q, constants["BLOCK_M"]) * streams,
             q.device, *inputs, dq, *options, *input_strides, *strides(dq), *tail, problem.nheads,
-            problem.group, streams, _together(problem, problem.group), *numbers,
-            problem.softmax_scale, qk_scale, softcap, **shared, **config,
+            problem.group, streams, _together(problem, problem.group), *numbers, **constants,
         )  # fmt: skip
-    dbias = None
-    if need_dbias and problem.bias is not None and problem.bias.dtype != torch.bool:
-        dbias = _dbias(problem, inputs, input_strides, qk_scale, softcap, shared)
+    dbias = _dbias(problem, inputs, input_strides) if need_dbias else None
     return dq, dk, dv, dbias, dsinks
 
 
@@ -102,27 +104,29 @@ def _delta(problem: Problem, out, dout, lse, dlse, delta) -> torch.Tensor | None
     """Fills delta; returns the gradient of the sinks, if there are any."""
     config = configs.choose("delta", problem)
     blocks, streams = _cdiv(problem.seqlen_q, config["BLOCK_M"]), problem.batch * problem.nheads
-    sinks = problem.sinks
+    sinks = problem.options.sinks
     shares = None if sinks is None else lse.new_empty(problem.batch, problem.nheads, blocks)
     if streams * blocks:
         toolchain.launch(
             _attention_bwd_delta_kernel, blocks * streams, out.device,
-            out, dout, lse, dlse, delta, sinks, shares, problem.cu_seqlens_q, *strides(out),
+            out, dout, lse, dlse, delta, sinks, shares, problem.cu_seqlens[0], *strides(out),
             *strides(dout), *problem.lse_strides(), problem.nheads, problem.seqlen_q,
-            HEAD_DIM_V=problem.headdim_v, BLOCK_DV=problem.features()["BLOCK_DV"],
+            HEAD_DIM_V=problem.headdim_v, BLOCK_DV=block_dim(problem.headdim_v),
             DLSE=dlse is not None, SINKS=sinks is not None, VARLEN=problem.varlen,
             NATURAL=problem.natural, **config,
         )  # fmt: skip
     return None if sinks is None else shares.sum((0, 2)).to(sinks.dtype)
 
 
-def _dbias(problem: Problem, inputs, input_strides, qk_scale, softcap, shared) -> torch.Tensor:
-    q = inputs[0]
-    config = configs.choose("dbias", problem)
-    bias, bias_strides = problem.bias_and_strides()
+def _dbias(problem: Problem, inputs, input_strides) -> torch.Tensor | None:
+    """None where there is no bias, or one of bool."""
+    q, bias = inputs[0], problem.options.attn_bias
+    if bias is None or bias.dtype == torch.bool:
+        return None
+    constants = _choose("dbias", problem)
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    blocks_m = _cdiv(problem.seqlen_q, config["BLOCK_M"])
-    blocks_n = _cdiv(problem.seqlen_k, config["BLOCK_N"])
+    blocks_m = _cdiv(problem.seqlen_q, constants["BLOCK_M"])
+    blocks_n = _cdiv(problem.seqlen_k, constants["BLOCK_N"])
     whole = (problem.batch, problem.nheads, blocks_m, blocks_n)
     # What has a dimension of its own in the bias is spread over programs, the rest summed by each.
     spread = [
@@ -137,12 +141,11 @@ def _dbias(problem: Problem, inputs, input_strides, qk_scale, softcap, shared) -
     if programs == 0 or 0 in whole:
         return dbias.zero_()
     toolchain.launch(
-        _attention_bwd_dbias_kernel, programs, q.device, *inputs, dbias, bias,
-        problem.alibi_slopes, *input_strides, *dbias.stride(), *problem.lse_strides(),
-        *bias_strides, problem.slopes_stride(), problem.group, spread[1], spread[2], spread[3],
-        *each, problem.seqlen_q, problem.seqlen_k, *problem.window(), qk_scale, softcap,
+        _attention_bwd_dbias_kernel, programs, q.device, *inputs, dbias, *problem.rule_tensors(),
+        *input_strides, *dbias.stride(), *problem.lse_strides(), *problem.rule_strides(),
+        problem.nheads, problem.group, spread[1], spread[2], spread[3], *each, problem.seqlen_q,
+        problem.seqlen_k, *problem.rule_numbers(), *problem.scales(),
         SHARED_M=bias.shape[2] != problem.seqlen_q, SHARED_N=bias.shape[3] != problem.seqlen_k,
-        **{name: value for name, value in shared.items() if name not in ("BIAS", "VARLEN")},
-        **config,
+        **{name: value for name, value in constants.items() if name not in ("BIAS", "VARLEN")},
     )  # fmt: skip
     return dbias

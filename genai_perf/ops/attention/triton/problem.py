@@ -1,143 +1,120 @@
 """One attention call as the kernels take it: tensors, options, and numbers derived from them."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-from .common import ADDED_BIAS, BOOL_MASK, NO_BIAS
+from ..dropout import below
+from ..options import Options
+from .rules import ADDED_BIAS, BOOL_MASK, NO_BIAS, NO_BLOCKS, PARTS_OF_TILES, WHOLE_TILES
 
 LOG2E = 1 / math.log(2)
 # A tile spans at most this many rows; row offsets inside a tile are 32-bit.
 MAX_TILE_ROWS = 256
 
 
-@dataclass(frozen=True)
 class Problem:
-    """q, k, v (batch, seqlen, nheads, headdim), or (total, nheads, headdim) with cu_seqlens.
+    """q, k, v and `Options` of one call, and the sizes in them.
 
-    window_left and window_right: distances from the aligned diagonal, None unbounded; causal is
-    window_right 0. bias: (batch or 1, nheads or 1, seqlen_q or 1, seqlen_k or 1), floating point to
-    be added or bool (True is seen). alibi_slopes: float32 (nheads,) or (batch, nheads). sinks:
-    (nheads,), one more logit for each row.
+    Args:
+        q, k, v: (batch, seqlen, nheads, headdim), or (total, nheads, headdim) with cu_seqlens.
+        options: as the operator takes them.
     """
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    softmax_scale: float
-    window_left: int | None = None
-    window_right: int | None = None
-    softcap: float = 0.0
-    alibi_slopes: torch.Tensor | None = None
-    sinks: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    cu_seqlens_q: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-    max_seqlen_q: int | None = None
-    max_seqlen_k: int | None = None
-
-    @property
-    def varlen(self) -> bool:
-        return self.cu_seqlens_q is not None
-
-    @property
-    def batch(self) -> int:
-        return self.cu_seqlens_q.shape[0] - 1 if self.varlen else self.q.shape[0]
-
-    @property
-    def nheads(self) -> int:
-        return self.q.shape[-2]
-
-    @property
-    def nheads_k(self) -> int:
-        return self.k.shape[-2]
-
-    @property
-    def group(self) -> int:
-        return self.nheads // self.nheads_k
-
-    @property
-    def headdim(self) -> int:
-        return self.q.shape[-1]
-
-    @property
-    def headdim_v(self) -> int:
-        return self.v.shape[-1]
-
-    @property
-    def seqlen_q(self) -> int:
-        return self.max_seqlen_q if self.varlen else self.q.shape[1]
-
-    @property
-    def seqlen_k(self) -> int:
-        return self.max_seqlen_k if self.varlen else self.k.shape[1]
-
-    @property
-    def lse_shape(self) -> tuple[int, ...]:
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options):
+        slopes = options.alibi_slopes
+        cu_seqlens = (options.cu_seqlens_q, options.cu_seqlens_k)
+        self.q, self.k, self.v, self.options = q, k, v, options
+        self.slopes = None if slopes is None else slopes.to(torch.float32).contiguous()
+        self.cu_seqlens = tuple(None if cu is None else cu.contiguous() for cu in cu_seqlens)
+        self.varlen = options.cu_seqlens_q is not None
+        self.nheads, self.headdim = q.shape[-2:]
+        self.nheads_k, self.headdim_v = v.shape[-2:]
+        self.group = self.nheads // self.nheads_k
         if self.varlen:
-            return (self.nheads, self.q.shape[0])
-        return (self.batch, self.nheads, self.seqlen_q)
+            self.batch = options.cu_seqlens_q.shape[0] - 1
+            self.seqlen_q, self.seqlen_k = options.max_seqlen_q, options.max_seqlen_k
+            self.lse_shape = (self.nheads, q.shape[0])
+        else:
+            self.batch, self.seqlen_q, self.seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+            self.lse_shape = (self.batch, self.nheads, self.seqlen_q)
+        # Whether scores keep natural units, as `rules` says.
+        self.natural = q.dtype == torch.float32
 
     def lse_strides(self) -> tuple[int, int]:
         """(batch, head) of a contiguous tensor of lse_shape."""
         return (0 if self.varlen else self.nheads * self.lse_shape[-1], self.lse_shape[-1])
 
     def bias_kind(self) -> int:
-        if self.bias is None:
+        bias = self.options.attn_bias
+        if bias is None:
             return NO_BIAS.value
-        return BOOL_MASK.value if self.bias.dtype == torch.bool else ADDED_BIAS.value
+        return BOOL_MASK.value if bias.dtype == torch.bool else ADDED_BIAS.value
 
-    def bias_and_strides(self) -> tuple[torch.Tensor | None, tuple[int, ...]]:
-        """The bias as bytes if bool, and its strides, 0 where it is broadcast."""
-        if self.bias is None:
-            return None, (0, 0, 0, 0)
-        bias = self.bias.view(torch.uint8) if self.bias.dtype == torch.bool else self.bias
-        strides = zip(bias.shape, bias.stride(), strict=True)
-        return bias, tuple(0 if size == 1 else stride for size, stride in strides)
+    def blocks_kind(self, config: dict) -> int:
+        """How tiles of BLOCK_M queries and BLOCK_N keys lie in the blocks of the block mask."""
+        o = self.options
+        if o.block_mask is None:
+            return NO_BLOCKS.value
+        whole = o.block_q % config["BLOCK_M"] == 0 and o.block_k % config["BLOCK_N"] == 0
+        return WHOLE_TILES.value if whole else PARTS_OF_TILES.value
 
-    def slopes_stride(self) -> int:
-        return self.alibi_slopes.stride(0) if self._slopes_by_batch() else 0
+    def rule_tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """bias, slopes, block mask and state of the dropout mask, as the kernels take them."""
+        o = self.options
+        return _bytes(o.attn_bias), self.slopes, _bytes(o.block_mask), o.rng_state
 
-    def _slopes_by_batch(self) -> bool:
-        return self.alibi_slopes is not None and self.alibi_slopes.dim() == 2
+    def rule_strides(self) -> tuple[int, ...]:
+        """Those of the bias, the batch stride of the slopes, then what the block mask has."""
+        o, by_batch = self.options, self.slopes is not None and self.slopes.dim() == 2
+        return (
+            *_strides4(o.attn_bias), self.slopes.stride(0) if by_batch else 0,
+            *_strides4(o.block_mask), o.block_q, o.block_k,
+        )  # fmt: skip
 
-    def features(self) -> dict[str, object]:
+    def rule_numbers(self) -> tuple[float, ...]:
+        """The window (so small that sums with it stay in 32 bits), then dropout."""
+        o = self.options
+        window = (min(max(side, 0), 2**29) for side in (o.window_left, o.window_right))
+        words = below(o.dropout_p)
+        return *window, words - 2**32 if words >= 2**31 else words, 1 / (1 - o.dropout_p)
+
+    def features(self, config: dict) -> dict[str, object]:
         """The constexprs that all kernels over scores share."""
+        o = self.options
         return {
             "HEAD_DIM": self.headdim,
             "HEAD_DIM_V": self.headdim_v,
             "BLOCK_D": block_dim(self.headdim),
             "BLOCK_DV": block_dim(self.headdim_v),
-            "HAS_LEFT": self.window_left is not None,
-            "HAS_RIGHT": self.window_right is not None,
-            "SOFTCAP": self.softcap != 0,
-            "ALIBI": self.alibi_slopes is not None,
+            "HAS_LEFT": o.window_left >= 0,
+            "HAS_RIGHT": o.window_right >= 0,
+            "SOFTCAP": o.softcap != 0,
+            "ALIBI": self.slopes is not None,
             "BIAS": self.bias_kind(),
+            "BLOCKS": self.blocks_kind(config),
+            "DROPOUT": o.dropout_p != 0,
             "VARLEN": self.varlen,
             "NATURAL": self.natural,
         }
 
-    def window(self) -> tuple[int, int]:
-        """left and right, kept so small that sums with them stay in 32 bits."""
-        sides = (self.window_left, self.window_right)
-        return tuple(0 if side is None else min(side, 2**29) for side in sides)
-
-    @property
-    def natural(self) -> bool:
-        """Whether scores keep natural units, as `common` says."""
-        return self.q.dtype == torch.float32
-
     def scales(self) -> tuple[float, float]:
-        """(qk_scale, softcap) as `common.scores` takes them."""
-        if self.softcap:
-            return self.softmax_scale / self.softcap, self.softcap
-        return self.softmax_scale * (1.0 if self.natural else LOG2E), 0.0
+        """(qk_scale, softcap) as `rules.scores` takes them."""
+        o = self.options
+        if o.softcap:
+            return o.softmax_scale / o.softcap, o.softcap
+        return o.softmax_scale * (1.0 if self.natural else LOG2E), 0.0
 
-    def scale_first(self) -> bool:
+    def scale_first(self, config: dict) -> bool:
         """Whether scores are scaled before their maximum is taken, and not only the maximum."""
-        plain = not self.softcap and self.alibi_slopes is None and self.bias is None
-        return not (plain and self.softmax_scale > 0)
+        o = self.options
+        plain = not self.heavy() and self.blocks_kind(config) != PARTS_OF_TILES.value
+        return not (plain and o.softmax_scale > 0)
+
+    def heavy(self) -> bool:
+        """Whether there are rules that need many registers."""
+        o = self.options
+        return bool(o.softcap or self.slopes is not None or o.attn_bias is not None)
 
 
 def block_dim(dim: int) -> int:
@@ -154,3 +131,14 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """(batch, row, head); the batch stride of a packed tensor is 0."""
     return (x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
+
+
+def _bytes(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x
+
+
+def _strides4(x: torch.Tensor | None) -> tuple[int, ...]:
+    """0 where it is broadcast."""
+    if x is None:
+        return 0, 0, 0, 0
+    return tuple(0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from ...._backends.triton_aot import Source
-from . import configs
+from . import configs, tiles
 from .bwd_kernels import (
     _attention_bwd_delta_kernel,
     _attention_bwd_dkdv_kernel,
@@ -26,38 +26,45 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 PLAIN = {
     "HAS_LEFT": False, "HAS_RIGHT": False, "SOFTCAP": False, "ALIBI": False, "BIAS": 0,
-    "VARLEN": False, "SINKS": False, "SCALE_FIRST": False,
+    "BLOCKS": 0, "DROPOUT": False, "VARLEN": False, "SINKS": False, "SCALE_FIRST": False,
+}  # fmt: skip
+EVERYTHING = {
+    "HAS_LEFT": True, "HAS_RIGHT": True, "SOFTCAP": True, "ALIBI": True, "BIAS": 1, "BLOCKS": 1,
+    "SINKS": True, "SCALE_FIRST": True,
 }  # fmt: skip
 FEATURES = {
     "full": {},
     "causal": {"HAS_RIGHT": True},
     "window": {"HAS_LEFT": True, "HAS_RIGHT": True, "SINKS": True},
+    "varlen": {"HAS_RIGHT": True, "VARLEN": True},
+    "blocks": {"HAS_RIGHT": True, "BLOCKS": 1},
+    "parts of blocks": {"HAS_RIGHT": True, "BLOCKS": 2, "SCALE_FIRST": True},
     "softcap": {"HAS_RIGHT": True, "SOFTCAP": True, "SCALE_FIRST": True},
     "alibi": {"HAS_RIGHT": True, "ALIBI": True, "SCALE_FIRST": True},
     "bias": {"BIAS": 1, "SCALE_FIRST": True},
     "mask": {"BIAS": 2, "SCALE_FIRST": True},
-    "varlen": {"HAS_RIGHT": True, "VARLEN": True},
-    "everything": {
-        "HAS_LEFT": True, "HAS_RIGHT": True, "SOFTCAP": True, "ALIBI": True, "BIAS": 1,
-        "SINKS": True, "SCALE_FIRST": True,
-    },
-}  # fmt: skip
+    "everything": EVERYTHING,
+    "dropout": {"HAS_RIGHT": True, "DROPOUT": True},
+    "dropout everything": EVERYTHING | {"DROPOUT": True},
+}
 
 
 def source(kernel: str, arch: str, dtype: torch.dtype, headdim: int, headdim_v: int, feature: str,
            config: dict[str, int] | None = None) -> Source:  # fmt: skip
     """One kernel under one set of options, in the configuration of the rule or in `config`."""
     options = PLAIN | FEATURES[feature]
-    config = config or configs.rule(kernel, arch, dtype, headdim, headdim_v, heavy(options))
-    exact = dtype != torch.float32 or arch.startswith("gfx")
+    tile = "" if config is None else f" {config['BLOCK_M']}x{config['BLOCK_N']}"
+    config = config or configs.rule(kernel, arch, dtype, headdim, headdim_v, kind(options))
+    precision = configs.precision(arch, dtype, headdim, headdim_v)
     values = options | config | {
         "HEAD_DIM": headdim, "HEAD_DIM_V": headdim_v, "BLOCK_D": block_dim(headdim),
-        "BLOCK_DV": block_dim(headdim_v), "PRECISION": "ieee" if exact else "tf32x3",
+        "BLOCK_DV": block_dim(headdim_v), "PRECISION": precision,
         "NATURAL": dtype == torch.float32, "DLSE": True, "SHARED_M": False, "SHARED_N": False,
     }  # fmt: skip
     absent = {
         "bias_ptr": not options["BIAS"], "slopes_ptr": not options["ALIBI"],
         "sinks_ptr": not options["SINKS"], "dsinks_ptr": not options["SINKS"],
+        "blocks_ptr": not options["BLOCKS"], "rng_ptr": not options["DROPOUT"],
         "cu_seqlens_q_ptr": not options["VARLEN"], "cu_seqlens_k_ptr": not options["VARLEN"],
     }  # fmt: skip
     if kernel == "dbias":
@@ -67,19 +74,23 @@ def source(kernel: str, arch: str, dtype: torch.dtype, headdim: int, headdim_v: 
     constants |= {n: None for n, gone in absent.items() if gone and n in function.arg_names}
     full = {name: "fp32" for name in ("lse_ptr", "dlse_ptr", "delta_ptr", "slopes_ptr",
                                       "dsinks_ptr")}  # fmt: skip
-    full |= {"cu_seqlens_q_ptr": "i32", "cu_seqlens_k_ptr": "i32"}
+    full |= {"cu_seqlens_q_ptr": "i32", "cu_seqlens_k_ptr": "i32", "blocks_ptr": "u8",
+             "rng_ptr": "i64"}  # fmt: skip
     if options["BIAS"] == 2:
         full["bias_ptr"] = "u8"
-    matrix = "none" if kernel == "delta" else "own" if dtype != torch.float32 else "any"
+    matrix = configs.matrix(kernel, arch, dtype, precision, config)
     return Source(
-        f"attention {kernel} {TYPES[dtype]} {headdim}x{headdim_v} {feature}", function, constants,
-        TYPES[dtype], full, ("softmax_scale", "qk_scale", "softcap"),
+        f"attention {kernel} {TYPES[dtype]} {headdim}x{headdim_v} {feature}{tile}", function,
+        constants, TYPES[dtype], full, ("softmax_scale", "qk_scale", "softcap", "keep_scale"),
         {name: config[name] for name in ("num_warps", "num_stages")}, matrix,
     )  # fmt: skip
 
 
-def heavy(options: dict[str, object]) -> bool:
-    return bool(options["SOFTCAP"] or options["ALIBI"] or options["BIAS"])
+def kind(options: dict[str, object]) -> int:
+    if options["DROPOUT"]:
+        return tiles.DROPOUT
+    heavy = options["SOFTCAP"] or options["ALIBI"] or options["BIAS"]
+    return tiles.HEAVY if heavy else tiles.PLAIN
 
 
 def sources(arch: str, *, subset: bool = False) -> Iterator[Source]:
@@ -97,10 +108,14 @@ def sources(arch: str, *, subset: bool = False) -> Iterator[Source]:
             yield source(kernel, arch, half, dim, dim_v, "causal")
         for dim in (64, 128, 256):
             yield source(kernel, arch, torch.float16, dim, dim, "causal")
-            yield source(kernel, arch, whole, dim, dim, "causal")
-            yield source(kernel, arch, whole, dim, dim, "everything")
+            for feature in ("causal", "everything", "dropout", "dropout everything"):
+                yield source(kernel, arch, whole, dim, dim, feature)
+        for dim in (64, 128):  # tiles that a block mask of 64 x 64 makes smaller
+            small = configs.within(configs.rule(kernel, arch, half, dim, dim), 64, 64)
+            yield source(kernel, arch, half, dim, dim, "blocks", small)
     for dim in (64, 128, 256):
         yield source("dbias", arch, half, dim, dim, "bias")
-        yield source("dbias", arch, half, dim, dim, "everything")
-        yield source("dbias", arch, whole, dim, dim, "everything")
+        for feature in ("everything", "dropout everything"):
+            yield source("dbias", arch, half, dim, dim, feature)
+            yield source("dbias", arch, whole, dim, dim, feature)
         yield source("delta", arch, half, dim, dim, "window")

@@ -45,6 +45,12 @@ def choose(q: torch.Tensor, headdim_v: int, rows: int) -> dict:
     return rule(toolchain.arch(q.device), q.dtype, q.shape[3], headdim_v, rows)
 
 
+def precision(q: torch.Tensor) -> str:
+    """How tl.dot multiplies float32: three TF32 products, which keep float32's accuracy."""
+    exact = q.dtype != torch.float32 or toolchain.arch(q.device).startswith(("gfx", "interpreter"))
+    return "ieee" if exact else "tf32x3"
+
+
 def splits(device: torch.device, programs: int, room: int, config: dict) -> int:
     """Where the caller leaves it open: enough parts to fill the device, none below 4 tiles."""
     most = max(1, room // (4 * config["BLOCK_N"]))

@@ -3,7 +3,6 @@
 import torch
 
 from ...._backends import triton as toolchain
-from ...attention.triton.configs import precision
 from ...attention.triton.problem import block_dim
 from ..options import New, Options, appended, capacity, q_in_sequence
 from ..values import check_values
@@ -88,8 +87,8 @@ def _attend(q, k_cache, v_cache, o: Options):
         nheads_k, group, seqlen_q, splits, row_blocks, k_cache.shape[1], left, right,
         o.softmax_scale, o.softcap, HAS_LEFT=o.window_left >= 0, HAS_RIGHT=o.window_right >= 0,
         SOFTCAP=o.softcap != 0, ALIBI=o.alibi_slopes is not None,
-        LEFTPAD=o.cache_leftpad is not None, CACHE=kind, PRECISION=precision(q), NATURAL=natural,
-        **_places(o), **_dims(headdim, headdim_v), **config,
+        LEFTPAD=o.cache_leftpad is not None, CACHE=kind, PRECISION=configs.precision(q),
+        NATURAL=natural, **_places(o), **_dims(headdim, headdim_v), **config,
     )  # fmt: skip
     toolchain.launch(
         _decode_merge_kernel, streams * rows, q.device, sums, top, total, out, lse, o.sinks,
