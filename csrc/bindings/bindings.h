@@ -21,3 +21,4 @@ void bind_quant_matmul(py::module_& m);
 void bind_distill_loss(py::module_& m);
 void bind_sparse_matmul(py::module_& m);
 void bind_sparsegpt(py::module_& m);
+void bind_optimizer_step(py::module_& m);

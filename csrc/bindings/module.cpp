@@ -37,4 +37,5 @@ PYBIND11_MODULE(_C, m) {
   bind_distill_loss(m);
   bind_sparse_matmul(m);
   bind_sparsegpt(m);
+  bind_optimizer_step(m);
 }

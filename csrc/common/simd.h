@@ -77,6 +77,7 @@ static inline vf v_max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline vf v_min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline vf v_fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 static inline vf v_abs(vf a) { return {_mm512_abs_ps(a.v)}; }
+static inline vf v_sqrt(vf a) { return {_mm512_sqrt_ps(a.v)}; }
 static inline vf v_round(vf a) {  // half to even
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -128,6 +129,7 @@ static inline vf v_max(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
 static inline vf v_min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }
 static inline vf v_fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 static inline vf v_abs(vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+static inline vf v_sqrt(vf a) { return {_mm256_sqrt_ps(a.v)}; }
 static inline vf v_round(vf a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -190,6 +192,7 @@ static inline vf v_max(vf a, vf b) { return {a.v > b.v ? a.v : b.v}; }
 static inline vf v_min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
 static inline vf v_fma(vf a, vf b, vf c) { return {a.v * b.v + c.v}; }
 static inline vf v_abs(vf a) { return {__builtin_fabsf(a.v)}; }
+static inline vf v_sqrt(vf a) { return {__builtin_sqrtf(a.v)}; }
 static inline vf v_round(vf a) { return {__builtin_nearbyintf(a.v)}; }
 static inline float v_sum(vf a) { return a.v; }
 static inline float v_hmax(vf a) { return a.v; }
