@@ -57,6 +57,7 @@ _SUBMODULES = (
     "neuron",
     "nn",
     "ops",
+    "optim",
     "testing",
 )
 

@@ -3,6 +3,7 @@
 The oracle comparisons, which differ from op to op, stand in tests/ops.
 """
 
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -86,6 +87,20 @@ def _sparse_matmul(case, backend):
     return {"x": x, **weight.components()}, call
 
 
+def _optimizer_step(case, backend):
+    ops = import_module("genai_perf.ops.optimizer_step")
+    inputs = import_module("genai_perf.ops.optimizer_step.cases").make_inputs(case)
+
+    def call():
+        own = {n: None if x is None else x.clone() for n, x in inputs.items()}  # written in place
+        options = {"lr": 0.01, "block_size": case.block_size or 256, "backend": backend}
+        step = partial(ops.adamw_step, step=3) if case.kind == "adamw" else ops.lion_step
+        step(**own, **options)
+        return {n: x for n, x in own.items() if x is not None}
+
+    return {n: x for n, x in inputs.items() if x is not None}, call
+
+
 ADAPTERS = {
     "attention": _attention,
     "decode_attention": _decode_attention,
@@ -93,6 +108,7 @@ ADAPTERS = {
     "quant_matmul": _quant_matmul,
     "distill_loss": _distill_loss,
     "sparse_matmul": _sparse_matmul,
+    "optimizer_step": _optimizer_step,
 }
 
 

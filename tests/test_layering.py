@@ -14,7 +14,7 @@ LAYERS = [
     {"_version", "_errors", "_config", "_checks", "formats"},
     {"_backends", "_dispatch"},
     {"ops"},
-    {"nn", "models", "flash_attn"},
+    {"nn", "models", "flash_attn", "optim"},
     {"compression", "io", "distill", "neuron"},
     {"integrations"},
     {"bench", "testing"},

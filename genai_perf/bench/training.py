@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..optim import AdamW8bit
 from . import results
 from .memory import FreshProcesses
 from .models import _PRELOAD, _free, load
@@ -34,6 +35,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "gradient checkpointing": ("checkpoint",),
     "bf16 autocast": ("autocast",),
     "8-bit optimizer": ("optimizer8",),
+    "8-bit optimizer, bitsandbytes'": ("optimizer8", "bitsandbytes"),
     "LoRA": ("lora",),
     "LoRA, peft's": ("lora", "peft"),
     "QLoRA (nf4)": ("lora", "nf4"),
@@ -47,8 +49,8 @@ WAYS: dict[str, tuple[str, ...]] = {
         "lora", "nf4", "accumulate", "checkpoint", "patch"),
 }  # fmt: skip
 # What a way imports, which is no memory of the training itself; the package, if it is another's.
-_NEEDS = {"optimizer8": "bitsandbytes", "liger": "liger_kernel", "peft": "peft"}
-_MODULES = {"optimizer8": "bitsandbytes.optim", "liger": "liger_kernel.transformers",
+_NEEDS = {"bitsandbytes": "bitsandbytes", "liger": "liger_kernel", "peft": "peft"}
+_MODULES = {"bitsandbytes": "bitsandbytes.optim", "liger": "liger_kernel.transformers",
             "peft": "peft", "compile": "torch._inductor.compile_fx"}  # fmt: skip
 _SHARE = 0.8
 _RANK = 8
@@ -241,8 +243,8 @@ def add_lora(model: nn.Module, rank: int) -> Iterator[nn.Parameter]:
 
 
 def _optimizer(parameters: list[nn.Parameter], on: set[str], lr: float):
+    if "bitsandbytes" in on:
+        return import_module("bitsandbytes.optim").AdamW8bit(parameters, lr=lr)
     if "optimizer8" in on:
-        from bitsandbytes.optim import AdamW8bit
-
         return AdamW8bit(parameters, lr=lr)
     return torch.optim.AdamW(parameters, lr=lr)

@@ -97,6 +97,11 @@ def _calls(device: str) -> Iterator[tuple[str, Callable, tuple]]:
     yield "distill_loss, logits", gp.distill.distillation_loss, (logits, logits)
     fused = gp.distill.fused_linear_distillation_loss
     yield "distill_loss, fused with a head", fused, (logits[:, :8], head, logits[:, :8], head)
+    p, codes = torch.zeros(256, device=device), torch.zeros(256, dtype=torch.uint8, device=device)
+    adamw = partial(gp.ops.optimizer_step.adamw_step, step=1, lr=0.0)
+    yield "optimizer_step, AdamW", adamw, (p, p, codes, codes, p[:1], p[:1])
+    lion = partial(gp.ops.optimizer_step.lion_step, lr=0.0)
+    yield "optimizer_step, Lion", lion, (p, p, codes, p[:1])
 
 
 def _show(found: dict, console: Console) -> None:

@@ -2,4 +2,5 @@
 
 OPS = (
     "attention", "decode_attention", "quantize", "quant_matmul", "sparse_matmul", "distill_loss",
+    "optimizer_step",
 )  # fmt: skip

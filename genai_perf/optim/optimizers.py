@@ -1,4 +1,4 @@
-"""torch.optim.Optimizer over ops/optimizer_step: which state each parameter has, and its loading."""
+"""torch.optim.Optimizer over ops/optimizer_step: the state of each parameter, and its loading."""
 
 import torch
 
@@ -58,8 +58,8 @@ class _Optimizer8bit(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, for what `state_dict` of this class gave, or of torch.optim.AdamW: fp32 moments
-        of parameters with `min_8bit_size` elements or more are quantized.
+        """As torch's, for what `state_dict` of this class gave, or torch.optim.AdamW's: then fp32
+        moments of parameters with `min_8bit_size` elements or more are quantized.
 
         Raises:
             ValueError: moments of another shape, or made with another block_size.
@@ -92,7 +92,7 @@ class _Optimizer8bit(torch.optim.Optimizer):
 
     def _adopt(self, number: int, p: torch.Tensor, state: dict) -> dict[str, torch.Tensor]:
         what = f"{type(self).__name__}.load_state_dict: state of parameter {number}"
-        adopted = {"step": torch.as_tensor(state["step"], dtype=torch.float32, device="cpu").clone()}
+        adopted = {"step": torch.tensor(float(state["step"]))}
         for name in self.MOMENTS:
             if name not in state or state[name].shape != p.shape:
                 got = tuple(state[name].shape) if name in state else "nothing"
@@ -103,8 +103,9 @@ class _Optimizer8bit(torch.optim.Optimizer):
                 continue
             blocks = ceil_div(p.numel(), self.block_size)
             if moment.dtype != torch.uint8 or scale.shape != (blocks,):
-                raise ValueError(f"{what}: {name} must be uint8 with {blocks} scales (block_size "
-                                 f"{self.block_size}), got {moment.dtype} with {scale.numel()}")  # fmt: skip
+                want = f"uint8 with {blocks} scales (block_size {self.block_size})"
+                got = f"{moment.dtype} with {scale.numel()}"
+                raise ValueError(f"{what}: {name} must be {want}, got {got}")
             adopted |= {name: moment.clone(), f"{name}_scale": scale.to(p.device).clone()}
         return adopted
 

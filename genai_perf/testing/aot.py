@@ -24,6 +24,7 @@ SHIPPED = (
     "genai_perf.ops.decode_attention.triton.shipped",
     "genai_perf.ops.distill_loss.triton.shipped",
     "genai_perf.ops.sparse_matmul.triton.shipped",
+    "genai_perf.ops.optimizer_step.triton.shipped",
 )
 
 

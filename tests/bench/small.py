@@ -13,6 +13,7 @@ FIELDS = {
     "decode_attention": {"lengths": (130,), "nheads": 4, "nheads_k": 2},
     "sparse_matmul": {"n": 128, "k": 256},
     "distill_loss": {"rows": 20, "vocab": 300, "hidden": 16},
+    "optimizer_step": {"shape": (64, 80)},
 }
 
 

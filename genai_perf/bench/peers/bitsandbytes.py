@@ -1,4 +1,4 @@
-"""bitsandbytes: nf4 linear layers, quantize and dequantize of nf4 and int8.
+"""bitsandbytes: nf4 linear layers, quantize and dequantize of nf4 and int8, 8-bit optimizers.
 
 On processors with AVX512-BF16 its nf4 linear has a fused kernel that rounds activations to
 bfloat16; "bitsandbytes:portable" is its path for all others, dequantize and then F.linear.
@@ -7,18 +7,20 @@ bfloat16; "bitsandbytes:portable" is its path for all others, dequantize and the
 import torch
 
 from ..problem import Problem, Unsupported, Variant
-from ..suites import linear
+from ..suites import linear, optimizer_step
 from ..suites.quantize import named
 
 MODULE = "bitsandbytes"
 DEVICES = ("cpu", "cuda")
 VARIANTS = {
-    "bitsandbytes": ("quant_matmul", "quantize"),
+    "bitsandbytes": ("quant_matmul", "quantize", "optimizer_step"),
     "bitsandbytes:portable": ("quant_matmul",),
 }
 
 
 def build(variant: str, problem: Problem) -> Variant:
+    if problem.op == "optimizer_step":
+        return _optimizer(problem)
     options = dict(problem.options)
     fmt = options.pop("format")
     double = bool(options.pop("double_quant", False))
@@ -82,3 +84,28 @@ def _quantize(problem: Problem, fmt: str, double: bool) -> Variant:
             lambda raw: {"out": raw[0].float() * (raw[1][:, None].float() / 127)},
         )
     return Variant(lambda: ops.int8_vectorwise_dequant.default(codes, absmax), named)
+
+
+def _optimizer(problem: Problem) -> Variant:
+    import bitsandbytes as bnb
+
+    given, kind = problem.inputs, problem.options["kind"]
+    p = torch.nn.Parameter(given["p"].clone())
+    p.grad = given["grad"].clone()
+    made = bnb.optim.AdamW8bit if kind == "adamw" else bnb.optim.Lion8bit
+    optimizer = made([p], lr=optimizer_step.LR, weight_decay=0.0)
+    optimizer.step()  # makes the state, over which the case's is laid: the maps are the same
+    state = optimizer.state[p]
+    state["step"] = optimizer_step.STEP - 1
+    names = {"exp_avg": "1", "exp_avg_sq": "2"}
+    with torch.no_grad():
+        p.copy_(given["p"])
+        for ours, theirs in list(names.items())[: 2 if kind == "adamw" else 1]:
+            state[f"state{theirs}"].copy_(given[ours])
+            state[f"absmax{theirs}"].copy_(given[f"{ours}_scale"])
+
+    def call() -> dict:
+        optimizer.step()
+        return {"p": p}
+
+    return Variant(call, optimizer_step.named)

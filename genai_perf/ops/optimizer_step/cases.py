@@ -54,7 +54,8 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, tor
         if case.block_size is None:
             moment, scale = grad * 0.5 if name == "exp_avg" else grad.square() * 0.3, None
         else:
-            moment = torch.randint(0, 256, case.shape, generator=generator, dtype=torch.uint8)
+            low = 64 if name == "exp_avg_sq" else 0  # as large as its gradients make it
+            moment = torch.randint(low, 256, case.shape, generator=generator, dtype=torch.uint8)
             scale = torch.rand(ceil_div(count, case.block_size), generator=generator)
         given |= {name: moment, f"{name}_scale": scale}
     return {name: t if t is None else t.to(device) for name, t in given.items()}

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 
 class Coefficients(NamedTuple):
-    """keep1 = beta1, take1 = 1 - beta1, the same of beta2; decay = 1 - lr * weight_decay; rate = lr,
-    of AdamW over the bias correction of the first moment; unbias = 1 / sqrt(that of the second)."""
+    """keep1 = beta1, take1 = 1 - beta1, the same of beta2; decay = 1 - lr * weight_decay; rate =
+    lr, of AdamW over the bias correction of the first moment; unbias = 1 / sqrt(the second's)."""
 
     keep1: float
     take1: float

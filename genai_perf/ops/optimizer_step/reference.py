@@ -7,9 +7,9 @@ AdamW (arXiv:1711.05101, algorithm 2), g the gradient, t the step:
 Lion (arXiv:2302.06675, algorithm 2):
     p = (1 - lr wd) p - lr sign(beta1 m + (1 - beta1) g)
     m = beta2 m + (1 - beta2) g
-A moment is fp32, or codes of a dynamic map (signed for m, unsigned for v) and one absmax a block. The
-step uses the new moments before they are rounded. A v above 0 never gets code 0: divided by eps alone,
-its element would leap.
+A moment is fp32, or codes of a dynamic map (signed for m, unsigned for v) and one absmax a block.
+The step uses the new moments before they are rounded. A v above 0 never gets code 0: divided by eps
+alone, its element would leap.
 """
 
 import torch
@@ -34,7 +34,9 @@ def adamw(p, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, lr, bet
         refuse_gradient("adamw", grad)
     m = read(exp_avg, exp_avg_scale, block_size, True) * c.keep1 + g * c.take1
     v = read(exp_avg_sq, exp_avg_sq_scale, block_size, False) * c.keep2 + (g * g) * c.take2
-    change = (m * c.rate) / (v.sqrt() * c.unbias + c.eps)
+    # torch's own fp32 root, by MKL, is an ulp off in one element of seven.
+    root = v.double().sqrt().float()
+    change = (m * c.rate) / (root * c.unbias + c.eps)
     p.copy_((p.float().reshape(-1) * c.decay - change).view(p.shape))
     write(m, exp_avg, exp_avg_scale, block_size, True)
     write(v, exp_avg_sq, exp_avg_sq_scale, block_size, False)

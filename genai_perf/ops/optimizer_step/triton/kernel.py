@@ -32,7 +32,12 @@ def write(values, moment_ptr, scale_ptr, bound_ptr, at, inside, block, exists,
         values = tl.where(inside, values, 0.0)
         absmax = tl.max(tl.abs(values), 1)
         tl.store(scale_ptr + block, absmax, mask=exists)
-        inverse = tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), tl.maximum(absmax, 1e-38))
+        # As tensors: a bare 1e-38, below the smallest normal fp32, would be taken for fp64.
+        one, floor = (
+            tl.full(absmax.shape, 1.0, tl.float32),
+            tl.full(absmax.shape, 1e-38, tl.float32),
+        )
+        inverse = tl.div_rn(one, tl.maximum(absmax, floor))
         low: tl.constexpr = -1.0 if SIGNED else 0.0
         t = tl.minimum(tl.maximum(values * inverse[:, None], low), 1.0)
         code = nearest_code(t, bound_ptr)

@@ -12,7 +12,7 @@ from .kernel import _optimizer_step_kernel
 
 # Not measured: bytes enough in flight for a memory-bound kernel, registers few enough to spill none
 # (the ahead-of-time gate checks it).
-ELEMENTS = 2048
+ELEMENTS = 1024
 WARPS = 4
 
 
