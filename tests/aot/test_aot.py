@@ -1,6 +1,7 @@
 """A part of the ahead-of-time gate (`make aot` is the whole), and that the gate can fail."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -20,16 +21,12 @@ def test_the_forward_kernel_compiles(arch):
 
 
 @pytest.mark.parametrize("arch", CHIPS)
-def test_the_decode_kernels_compile(arch):
-    results = list(gate((arch,), subset=True, only="decode "))
-    assert len(results) == 4
-    assert [problem for result in results for problem in result.problems] == []
-
-
-@pytest.mark.parametrize("arch", CHIPS)
-def test_the_sparse_kernels_compile(arch):
-    results = list(gate((arch,), subset=True, only="sparse "))
-    assert len(results) == 4
+@pytest.mark.parametrize("module, kernels", [
+    ("decode_attention", 4), ("distill_loss", 1), ("sparse_matmul", 4), ("optimizer_step", 1)])  # fmt: skip
+def test_the_kernels_of_an_op_compile(arch, module, kernels):
+    sources = import_module(f"genai_perf.ops.{module}.triton.shipped").sources(arch, subset=True)
+    results = [compile_for(source, arch) for source in sources]
+    assert len(results) == kernels
     assert [problem for result in results for problem in result.problems] == []
 
 
