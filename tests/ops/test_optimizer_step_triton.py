@@ -1,26 +1,18 @@
 """The Triton optimizer step; the cases are in triton_optimizer_step_cases.py."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from triton_process import run_cases
+from triton_runs import MODES, run_cases
 
 import genai_perf as gp
 from genai_perf.ops.optimizer_step import lion_step
 
 pytest.importorskip("triton", reason="triton is not installed")
-CASES = Path(__file__).with_name("triton_optimizer_step_cases.py")
 
 
-def test_cases_in_the_interpreter():
-    run_cases(CASES, interpret=True)
-
-
-if torch.cuda.is_available():
-
-    def test_cases_on_the_gpu():
-        run_cases(CASES, interpret=False)
+@pytest.mark.parametrize("mode", MODES)
+def test_cases(mode):
+    run_cases("triton_optimizer_step_cases.py", mode)
 
 
 def test_reason_on_the_cpu_without_the_interpreter():
