@@ -12,7 +12,7 @@ _EXPORTS = {
     "CalibrationError": "_errors",
     "CheckpointError": "_errors",
     "backends": "_backends",
-    "explain": "_dispatch",
+    "explain": "nn.explaining",
     "QuantizedTensor": "formats",
     "attention": "ops.attention",
     "flash_attn_func": "flash_attn",

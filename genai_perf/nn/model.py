@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .explaining import explain_layer
 from .linear import QuantConfig, QuantLinear, dense_weight
 
 DEFAULT_SKIP = ("lm_head",)
@@ -25,7 +26,8 @@ class QuantizationRecord:
 
 
 def quantize_model(model: nn.Module, config: str | QuantConfig, *,
-                   skip: Collection[str] = DEFAULT_SKIP) -> nn.Module:  # fmt: skip
+                   skip: Collection[str] = DEFAULT_SKIP,
+                   strict: bool = False) -> nn.Module:  # fmt: skip
     """Replaces the Linear and Conv1D layers of `model` by QuantLinear, in place.
 
     Args:
@@ -33,6 +35,7 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
         config: a format name, such as "nf4", or a QuantConfig.
         skip: layers to leave dense, each as a run of dotted name parts ("lm_head",
             "layers.0.mlp"); every entry other than the default must match a layer.
+        strict: refuse a layer that no kernel runs where the model is: only the slow reference.
 
     Returns:
         The model, with `model.quantization_record` (QuantizationRecord) naming every quantized
@@ -41,7 +44,7 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
 
     Raises:
         ValueError: nothing to quantize, a `skip` entry that matches nothing, or a weight with an
-            infinity or NaN (named).
+            infinity or NaN (named), with `strict` a layer on the reference (named, with why).
     """
     config = QuantConfig.of(config)
     if isinstance(skip, str):
@@ -64,6 +67,9 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
         else:
             if id(module) not in made:
                 made[id(module)] = _quantized(name, module, config)
+                if strict and (told := explain_layer(name, made[id(module)])).slow:
+                    raise ValueError(f"quantize_model: strict, and {name or 'the model'} would run "
+                                     f"the slow reference: {told.reason}")  # fmt: skip
             record.quantized[name] = config.format
     record.skipped.update(unasked)
     if not record.quantized:
