@@ -31,7 +31,7 @@ FOREIGN = {
     "compressed_tensors": {"bench"},
     "matplotlib": {"bench"},
     "jinja2": {"bench"},
-    "triton": {"ops", "_backends"},
+    "triton": {"ops", "_backends", "compression"},
     "nki": {"_backends"},
     "scipy": set(),
 }

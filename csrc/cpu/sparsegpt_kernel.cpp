@@ -1,5 +1,8 @@
 // Rows are independent inside a block, so each tile of rows goes through all its columns while it is
 // in the first-level cache, where torch would make a pass over all rows for each column.
+#include <algorithm>
+#include <atomic>
+
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "cpu/sparsegpt.h"
@@ -16,40 +19,51 @@ inline uint32_t key_of(float w, float d, uint8_t pruned) {
   return pruned ? 0 : float_to_bits(ratio * ratio) + 1;
 }
 
-// The `count` smallest scores of the block get pruned, equal ones by row and then by column.
+// The `count` smallest scores of the block get pruned, equal ones by row and then by column. The
+// upper halves of the keys say which of them can be at the limit; those few are then ordered.
 bool prune_smallest(const SparseGptBlock& b) {
+  constexpr int64_t BINS = 65536;
   const int64_t total = b.columns * b.rows;
   if (b.count <= 0) return true;
-  Scratch keys(total * 4), bins(65536 * 8);
+  Scratch keys(total * 4), bins(b.threads * BINS * 4);
   if (!keys.ok() || !bins.ok()) return false;
   uint32_t* key = keys.as<uint32_t>();
-  int64_t* bin = bins.as<int64_t>();
-  parallel_for(b.columns, b.threads, [&](int64_t c, int) {
+  uint32_t* bin = bins.as<uint32_t>();
+  std::memset(bin, 0, size_t(b.threads) * BINS * 4);
+  parallel_for(b.columns, b.threads, [&](int64_t c, int thread) {
     const float d = b.factor[c * b.factor_stride + c];
+    uint32_t* mine = bin + thread * BINS;
     for (int64_t i = c * b.rows; i < (c + 1) * b.rows; ++i)
       key[i] = key_of(b.weight[i], d, b.pruned[i]);
+    for (int64_t i = c * b.rows; i < (c + 1) * b.rows; ++i) ++mine[key[i] >> 16];
   });
-  // The key of rank `count`, upper half first.
   uint32_t limit = 0;
-  int64_t below = 0;
-  for (int half = 0; half < 2; ++half) {
-    std::memset(bin, 0, 65536 * 8);
-    for (int64_t i = 0; i < total; ++i) {
-      if (half == 0) ++bin[key[i] >> 16];
-      else if (key[i] >> 16 == limit >> 16) ++bin[key[i] & 65535];
-    }
-    uint32_t at = 0;
-    while (below + bin[at] < b.count) below += bin[at++];
-    limit |= half == 0 ? at << 16 : at;
+  int64_t below = 0, there = 0;
+  for (;; ++limit, below += there) {
+    there = 0;
+    for (int t = 0; t < b.threads; ++t) there += bin[t * BINS + limit];
+    if (below + there >= b.count) break;
   }
-  int64_t ties = bin[limit & 65535], wanted = b.count - below;
-  for (int64_t i = 0; i < total; ++i) b.pruned[i] |= key[i] < limit || (key[i] == limit && ties == wanted);
-  for (int64_t r = 0; r < b.rows && ties != wanted && wanted; ++r)
-    for (int64_t c = 0; c < b.columns && wanted; ++c)
-      if (key[c * b.rows + r] == limit) {
-        b.pruned[c * b.rows + r] = 1;
-        --wanted;
-      }
+  Scratch places(there * 8);
+  if (!places.ok()) return false;
+  int64_t* place = places.as<int64_t>();
+  std::atomic<int64_t> found{0};
+  parallel_for(b.columns, b.threads, [&](int64_t c, int) {
+    uint32_t at_limit = 0;
+    for (int64_t i = c * b.rows; i < (c + 1) * b.rows; ++i) {
+      b.pruned[i] |= uint8_t(key[i] >> 16 < limit);
+      at_limit |= uint32_t(key[i] >> 16 == limit);
+    }
+    for (int64_t i = c * b.rows; at_limit && i < (c + 1) * b.rows; ++i)
+      if (key[i] >> 16 == limit) place[found.fetch_add(1, std::memory_order_relaxed)] = i;
+  });
+  const int64_t wanted = b.count - below;
+  const auto first = [&](int64_t i, int64_t j) {
+    if (key[i] != key[j]) return key[i] < key[j];
+    return i % b.rows != j % b.rows ? i % b.rows < j % b.rows : i < j;
+  };
+  if (wanted < there) std::nth_element(place, place + wanted, place + there, first);
+  for (int64_t i = 0; i < wanted; ++i) b.pruned[place[i]] = 1;
   return true;
 }
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from .._backends import native
+from . import triton
 from .grid import Tables
 from .hessian import full_precision
 from .masks import Sparsity
@@ -80,6 +81,8 @@ def sweep(
     in_tables = grid is None or tables is not None
     if in_tables and work.dtype == torch.float32 and native.why_not(work, upper) is None:
         return _native_sweep(work, upper.contiguous(), block_size, sparsity, pruned, tables)
+    if grid is None and triton.why_not(work, upper, block_size) is None:
+        return _triton_sweep(work, upper.contiguous(), block_size, sparsity, pruned)
     step = sparsity.group or block_size if sparsity else block_size
     tile = _tile(math.lcm(sparsity.group or 1 if sparsity else 1, grid.refit if grid else 1))
     for start in range(0, columns, block_size):
@@ -136,6 +139,31 @@ def _native_sweep(
                 upper[start, start].data_ptr(), columns, zeros, group, count, native.threads(),
                 **rounding,
             )  # fmt: skip
+        _carry(work[stop:], upper[start:stop, stop:], errors)
+    return work.T.contiguous(), pruned.T.contiguous()
+
+
+def _triton_sweep(
+    work: torch.Tensor,
+    upper: torch.Tensor,
+    block_size: int,
+    sparsity: Sparsity | None,
+    pruned: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with one Triton kernel a block, which unstructured pruning is chosen before."""
+    zeros, group = (sparsity.zeros, sparsity.group) if sparsity else (0, 0)
+    for start in range(0, len(work), block_size):
+        stop = min(start + block_size, len(work))
+        block, mask, errors = (
+            work[start:stop],
+            pruned[start:stop],
+            torch.empty_like(work[start:stop]),
+        )
+        factor = upper[start:stop, start:stop]
+        if sparsity and not group:
+            scores = (block / factor.diagonal()[:, None]).square_()
+            mask.copy_(sparsity.choose(scores.T, mask.T).T)
+        triton.block(block, mask, errors, factor, zeros, group)
         _carry(work[stop:], upper[start:stop, stop:], errors)
     return work.T.contiguous(), pruned.T.contiguous()
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from .._backends import triton as toolchain
 from .._backends.triton_aot import CHIPS, Compiled, compile_for
 
-# Ops with Triton kernels: each has a module `sources(arch, subset=...)`.
+# Where Triton kernels are: each has a module `sources(arch, subset=...)`.
 SHIPPED = (
+    "genai_perf.compression.triton.shipped",
     "genai_perf.ops.attention.triton.shipped",
     "genai_perf.ops.decode_attention.triton.shipped",
     "genai_perf.ops.distill_loss.triton.shipped",
