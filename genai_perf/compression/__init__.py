@@ -5,8 +5,9 @@
 
 from .recipe import Recipe
 from .report import LayerReport, Report
-from .steps import GPTQ, RIA, RTN, Magnitude, SparseGPT, Wanda
+from .steps import AWQ, GPTQ, RIA, RTN, Hadamard, Magnitude, SmoothQuant, SparseGPT, Wanda
 
 __all__ = [
-    "GPTQ", "RIA", "RTN", "LayerReport", "Magnitude", "Recipe", "Report", "SparseGPT", "Wanda",
+    "AWQ", "GPTQ", "Hadamard", "LayerReport", "Magnitude", "RIA", "RTN", "Recipe", "Report",
+    "SmoothQuant", "SparseGPT", "Wanda",
 ]  # fmt: skip

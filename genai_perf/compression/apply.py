@@ -19,10 +19,12 @@ from . import owl
 from .capture import Layer, inputs_of
 from .experts import Expert, has_calibrated_sibling
 from .fallback import without_calibration
+from .folding import Folds
 from .hessian import Hessian, Inputs
 from .recipe import Recipe
 from .report import LayerReport
 from .rules import check_fused
+from .steps import GPTQ, RTN
 
 # Tokens that go through a block at once; more would hold larger activations for no more speed.
 BATCH_TOKENS = 4096
@@ -41,11 +43,13 @@ class BlockModel(Protocol):
     def block_inputs(self, batches: list[torch.Tensor], into: MutableSequence) -> Any: ...
     def forward_block(self, i: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor: ...
     def block_tensors(self, i: int) -> dict[str, torch.Tensor]: ...
+    def round_block(self, i: int) -> None: ...
+    def set_tensor(self, name: str, tensor: torch.Tensor) -> None: ...
+    def checkpoint_tensor(self, name: str) -> torch.Tensor: ...
     def stored_dtype(self, name: str) -> torch.dtype: ...
     def linears(self, i: int) -> dict[str, Layer]: ...
     def tensor_name(self, name: str, layer: Layer) -> str: ...
     def get_weight(self, linear: Layer) -> torch.Tensor: ...
-    def as_rows(self, linear: Layer, weight: torch.Tensor) -> torch.Tensor: ...
     def set_weight(self, linear: Layer, weight: torch.Tensor) -> None: ...
 
 
@@ -135,12 +139,15 @@ def compress_blocks(
         progress(0, total, "embedding")
         batches = list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
         kwargs = model.block_inputs(batches, hidden).kwargs
+    folds = Folds(model, recipe)
+    folds.enter(hidden)
     recipes = [recipe] * total
     if recipe.pruner and recipe.pruner.allocation and len(finished) < total:
         amounts = owl.sparsities(model, recipe, hidden, kwargs, progress)
         recipes = [recipe.at_sparsity(amount) for amount in amounts]
         hidden.clear()
         model.block_inputs(batches, hidden)
+        folds.enter(hidden)
     for i, (prefix, _) in enumerate(model.blocks):
         progress(i, total, prefix)
         if i < len(finished):
@@ -148,7 +155,7 @@ def compress_blocks(
             if hidden:
                 _replay_block(model, i, dict(store.read(i)), one, hidden, kwargs[i])
         else:
-            one = _compress_block(model, i, recipes[i], store, int8, hidden, kwargs[i])
+            one = _compress_block(model, i, recipes[i], folds, store, int8, hidden, kwargs[i])
         outcome.add(one)
         model.free_block(i)
         _give_memory_back()
@@ -161,6 +168,7 @@ def _compress_block(
     model: BlockModel,
     i: int,
     recipe: Recipe,
+    folds: Folds,
     store: Store,
     int8: str,
     hidden: MutableSequence[torch.Tensor],
@@ -172,9 +180,11 @@ def _compress_block(
     if recipe.pruner and recipe.pruner.allocation:
         amount = f"{recipe.pruner.sparsity:.3f}"
         outcome.notes.append(f"{model.blocks[i][0]}: owl gives it a sparsity of {amount}")
+    outcome.notes += folds.before_calibration(i)
     with inputs_of(linears) as hessians:
         for batch, call in zip(hidden, kwargs, strict=True):
             model.forward_block(i, batch, call)
+    outcome.notes += folds.after_calibration(i, recipe, hessians)
     stored = _compress_linears(model, linears, hessians, recipe, int8, outcome)
     _advance(model, i, hidden, kwargs)
     tensors = model.block_tensors(i)
@@ -198,13 +208,13 @@ def _replay_block(
     """Replaces block i's inputs in `hidden` by the outputs of its compressed weights, which are
     `tensors`, as the call that wrote them did."""
     model.load_block(i)
+    for name in model.block_tensors(i).keys() & tensors.keys():
+        model.set_tensor(name, tensors[name])  # folds change normalizations too
     for name, linear in model.linears(i).items():
         if name in outcome.schemes:
             weight = _decode(name, tensors, outcome.schemes[name])
             weight = weight.dequantize(model.stored_dtype(model.tensor_name(name, linear)))
-        else:
-            weight = model.as_rows(linear, tensors[model.tensor_name(name, linear)])
-        model.set_weight(linear, weight)
+            model.set_weight(linear, weight)
     _advance(model, i, hidden, kwargs)
 
 
@@ -293,7 +303,7 @@ def _compress_linears(
         model.set_weight(linear, result.weight)
         tensors = None
         if result.qweight is not None:
-            tensors, scheme = _encode(name, result.qweight, int8)
+            tensors, scheme = _encode(name, result.qweight, int8, one.quantizer)
             outcome.schemes[name] = scheme
             stored[name] = tensors
         outcome.layers.append(
@@ -326,12 +336,15 @@ def _recipe_of(
 
 
 def _encode(
-    name: str, qweight: QuantizedTensor, int8: str
+    name: str, qweight: QuantizedTensor, int8: str, quantizer: RTN | GPTQ
 ) -> tuple[dict[str, torch.Tensor], compressed_tensors.Scheme | None]:
     if qweight.format == "nf4":
         return bitsandbytes.encode(name, qweight), None
+    activations = getattr(quantizer, "activations", None) is not None
+    int8 = "int-quantized" if activations else int8
+    scheme = compressed_tensors.scheme(qweight, int8=int8)
     tensors = compressed_tensors.encode(name, qweight, int8=int8)
-    return tensors, compressed_tensors.scheme(qweight, int8=int8)
+    return tensors, scheme._replace(activations=activations)
 
 
 def _decode(

@@ -1,4 +1,4 @@
-"""GPTQ: rounding to an integer grid, each column's error made good in the columns to its right."""
+"""GPTQ: rounding to a grid, each column's error made good in the columns to its right."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 from .._checks import check_choice, fail
 from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
-from .grid import IntGrid, Tables
+from .grid import GroupGrid, IntGrid, Tables
 from .hessian import Factor, factorize, relative_error
 from .sparsegpt import check_weight
 from .sweep import sweep
@@ -31,7 +31,7 @@ class QuantizedResult:
 class _Permuted:
     """A fitted grid seen by a sweep that visits columns in another order."""
 
-    def __init__(self, grid: IntGrid, order: torch.Tensor):
+    def __init__(self, grid: GroupGrid, order: torch.Tensor):
         self._grid, self._order, self.refit = grid, order, 1
 
     def enter(self, column: int, upcoming: torch.Tensor) -> None:
@@ -60,6 +60,7 @@ def solve(
     scale_dtype: torch.dtype | None = None,
     mask: torch.Tensor | None = None,
     factor: Factor | None = None,
+    grid: GroupGrid | None = None,
     name: str = "gptq.solve",
 ) -> QuantizedResult:
     """Quantizes one layer to integers with group scales, minimising the error of its outputs.
@@ -86,6 +87,8 @@ def solve(
             that error is compensated with the others.
         factor: `hessian.factorize(hessian, damp_frac=..., by_diagonal=act_order)`, to share it
             between layers with the same input.
+        grid: what to round to, such as `float_grid.Nf4Grid`, in place of the integers that bits,
+            group_size, symmetric, search and scale_dtype describe.
         name: the layer, for messages.
 
     Dead inputs (zero in all calibration) cost nothing and are rounded as they are.
@@ -113,8 +116,8 @@ def solve(
         )
     if refit:
         block_size -= block_size % group_size
-    grid = IntGrid(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype,
-                   search=search, refit=refit)  # fmt: skip
+    grid = grid or IntGrid(bits=bits, group_size=group_size, symmetric=symmetric,
+                           scale_dtype=scale_dtype, search=search, refit=refit)  # fmt: skip
     factor = factor or factorize(hessian, damp_frac=damp_frac, by_diagonal=act_order, name=name)
     if (factor.order is not None) != act_order:
         fail(name, "factor", f"made with by_diagonal={act_order}", f"{not act_order}")

@@ -30,11 +30,16 @@ class Hessian:
         columns: the layer's in_features.
         name: the layer, for messages.
         device: where the matrix lives.
+
+    Attributes:
+        tokens: n.
+        peak: (columns,) fp32, the largest |x| of each input.
     """
 
     def __init__(self, columns: int, *, name: str = "layer", device: str | torch.device = "cpu"):
         self.name, self.tokens = name, 0
         self._mean = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.peak = torch.zeros(columns, dtype=torch.float32, device=device)
 
     def add(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> None:
         """Adds the tokens of x, (..., columns); with `keep`, (...) bool, those where it is true."""
@@ -46,6 +51,8 @@ class Hessian:
         if not len(rows):
             return
         rows = rows.to(self._mean)
+        torch.maximum(self.peak, rows.amax(0), out=self.peak)
+        torch.maximum(self.peak, rows.amin(0).neg_(), out=self.peak)
         before, self.tokens = self.tokens, self.tokens + len(rows)
         with full_precision():
             self._mean.addmm_(rows.T, rows, beta=before / self.tokens, alpha=2 / self.tokens)
@@ -61,6 +68,11 @@ class Hessian:
         if not torch.isfinite(self._mean.sum()):
             raise CalibrationError(f"{self.name}: its calibration inputs hold NaN or infinity")
         return self._mean
+
+    def rescale(self, scale: torch.Tensor) -> None:
+        """Makes it that of the inputs x / scale, (columns,)."""
+        self._mean.div_(scale).div_(scale[:, None])
+        self.peak /= scale
 
 
 def damp(

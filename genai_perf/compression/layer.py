@@ -6,7 +6,8 @@ import torch
 
 from ..formats import QuantizedTensor
 from . import gptq, magnitude, ria, rtn, sparsegpt, wanda
-from .grid import IntGrid
+from .float_grid import Fp8Grid, Nf4Grid
+from .grid import GroupGrid, IntGrid
 from .hessian import Inputs, relative_error
 from .recipe import Recipe
 from .steps import GPTQ, RIA, RTN, Magnitude, SparseGPT, Wanda
@@ -72,22 +73,41 @@ def compress(
         scales = quantizer.scales if group_size and group_size > 0 else "static"
         act_order = scales == "static" if quantizer.act_order is None else quantizer.act_order
         result = gptq.solve(
-            new if refined else weight, hessian, mask=mask,
-            bits=quantizer.bits, group_size=group_size or -1,
-            symmetric=quantizer.symmetric, search=quantizer.search, scales=scales,
-            act_order=act_order, factor=inputs.factor(quantizer.damp_frac, by_diagonal=act_order),
+            new if refined else weight, hessian, mask=mask, scales=scales,
+            group_size=group_size or -1, act_order=act_order,
+            factor=inputs.factor(quantizer.damp_frac, by_diagonal=act_order),
             block_size=quantizer.block_size,
-            scale_dtype=weight.dtype, name=name,
+            grid=_grid(quantizer, group_size, weight.dtype, refit=scales == "sweep"), name=name,
         )  # fmt: skip
         new, qweight = result.weight, result.qweight
         error = relative_error(weight, new, hessian) if refined else result.error
     elif isinstance(quantizer, RTN):
         options = quantizer.options() | ({"group_size": group_size} if group_size else {})
+        if quantizer.search:
+            options["grid"] = _grid(quantizer, group_size, weight.dtype)
+        if quantizer.search == "importance":
+            options["importance"] = hessian.diagonal()
         result = rtn.solve(new, format=quantizer.format, name=name, **options,
                            scale_dtype=weight.dtype)  # fmt: skip
         new, qweight = result.weight, result.qweight
         error = relative_error(weight, new, hessian)
     return LayerResult(new, qweight, error, notes)
+
+
+def _grid(
+    quantizer: RTN | GPTQ, group_size: int | None, dtype: torch.dtype, *, refit: bool = False
+) -> GroupGrid:
+    """What a quantizer rounds to, with scales that dtype holds."""
+    search = bool(quantizer.search)
+    match quantizer.format:
+        case "nf4":
+            return Nf4Grid(double_quant=quantizer.double_quant, search=search)
+        case "fp8":
+            return Fp8Grid(scale_dtype=dtype, search=search)
+    return IntGrid(
+        bits=int(quantizer.format.removeprefix("int")), group_size=group_size or -1,
+        symmetric=quantizer.symmetric, scale_dtype=dtype, search=search, refit=refit,
+    )  # fmt: skip
 
 
 def fitting_group_size(columns: int, group_size: int) -> int:
@@ -123,10 +143,7 @@ def _prune(weight, inputs, pruner, name) -> sparsegpt.SparseResult:
 
 def _joint(weight, inputs, pruner, quantizer, group_size, name, notes) -> LayerResult:
     """SparseGPT whose kept weights are rounded to GPTQ's grid in the same sweep."""
-    grid = IntGrid(
-        bits=quantizer.bits, group_size=group_size or -1, symmetric=quantizer.symmetric,
-        scale_dtype=weight.dtype, search=quantizer.search,
-    )  # fmt: skip
+    grid = _grid(quantizer, group_size, weight.dtype)
     result = sparsegpt.solve(
         weight, inputs.hessian, sparsity=pruner.sparsity, pattern=pruner.pattern, quantizer=grid,
         refine=None,

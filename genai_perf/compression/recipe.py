@@ -10,12 +10,26 @@ from pathlib import Path
 from .. import formats
 from .._checks import fail
 from . import rules
-from .steps import GPTQ, RIA, RTN, STEPS, Pruner, SparseGPT, Step, Wanda
+from .steps import (
+    AWQ,
+    GPTQ,
+    RIA,
+    RTN,
+    STEPS,
+    Fold,
+    Pruner,
+    SmoothQuant,
+    SparseGPT,
+    Step,
+    Wanda,
+)
 
 _PRUNER = r"(sparsegpt|wanda|ria|magnitude)-(\d+:\d+|\d*\.?\d+)(-faithful)?(?:-(owl))?"
 # Names for messages and completion; `Recipe.named` takes any fraction, pattern and combination.
 NAMES = (
-    "int8-rtn", "fp8-rtn", "nf4-rtn", "int4-rtn", "int4-gptq", "sparsegpt-0.5", "sparsegpt-2:4",
+    "int8-rtn", "fp8-rtn", "nf4-rtn", "int4-rtn", "int4-rtn-mse", "int4-rtn-importance",
+    "int4-gptq", "int8-gptq", "fp8-gptq", "nf4-gptq", "hadamard+int4-gptq", "awq+int4-rtn",
+    "smoothquant+w8a8", "sparsegpt-0.5", "sparsegpt-2:4",
     "sparsegpt-0.5+int4-gptq", "sparsegpt-0.7-owl", "sparsegpt-2:4-faithful",
     "magnitude-0.5", "magnitude-2:4", "wanda-0.5", "wanda-2:4", "ria-0.5", "ria-2:4",
 )  # fmt: skip
@@ -23,7 +37,8 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """One pruner, one quantizer, or a pruner and then a quantizer, for the linears of all blocks.
+    """One pruner, one quantizer, or a pruner and then a quantizer, for the linears of all blocks;
+    before them what folds into the weights: Hadamard, SmoothQuant, AWQ.
 
     SparseGPT with refine=None followed by GPTQ is one sweep that compensates both errors together;
     refined, its weights are rounded in a second sweep, which loses less (a quarter of the error on
@@ -48,10 +63,11 @@ class Recipe:
         object.__setattr__(self, "rules", tuple((str(m), tuple(s)) for m, s in self.rules))
         if not self.steps or not all(isinstance(step, Step) for step in self.steps):
             fail("Recipe", "steps", f"one or two of {', '.join(STEPS)}", repr(self.steps))
-        kinds = tuple(step.prunes for step in self.steps)
-        if kinds not in ((True,), (False,), (True, False)):
-            fail("Recipe", "steps", "one pruner, one quantizer, or a pruner and then a quantizer",
-                 self.name)  # fmt: skip
+        kinds = tuple(step.kind for step in self.steps if step not in self.folds)
+        if kinds not in (("prune",), ("quantize",), ("prune", "quantize")):
+            fail("Recipe", "steps", "one pruner, one quantizer, or a pruner and then a quantizer, "
+                 "with what folds before them", self.name)  # fmt: skip
+        self._check_folds()
         joint = self.pruner and isinstance(self.quantizer, GPTQ)
         if joint and isinstance(self.pruner, SparseGPT):
             one_sweep = self.pruner.refine is None
@@ -65,6 +81,19 @@ class Recipe:
                 rules.compile(entry)
         self._check_rules()
 
+    def _check_folds(self) -> None:
+        methods = [step.method for step in self.steps]
+        folds = [step.method for step in self.folds]
+        if methods[: len(folds)] != folds or len(set(folds)) < len(folds):
+            fail("Recipe", "steps", "each fold once, before pruner and quantizer", self.name)
+        if "hadamard" in folds[1:]:
+            fail("Recipe", "steps", "hadamard first", self.name)
+        if "awq" in folds and not self.quantizer:
+            fail("Recipe", "steps", "a quantizer after awq", self.name)
+        if any(step.kind == "fold" for _, steps in self.rules for step in steps):
+            raise ValueError("Recipe: hadamard, smoothquant and awq are for all layers: they take "
+                             "no rules")  # fmt: skip
+
     def _check_rules(self) -> None:
         if self.rules and self.pruner and self.pruner.allocation:
             raise ValueError("Recipe: allocation shares out one sparsity: it takes no rules")
@@ -72,8 +101,11 @@ class Recipe:
         packed = {r.quantizer.format == "nf4" for r in (self, *others) if r.quantizer}
         if len(packed) > 1:
             raise ValueError("Recipe: nf4 and other formats cannot be in one checkpoint folder")
-        nested = {r.quantizer.double_quant for r in (self, *others)
-                  if isinstance(r.quantizer, RTN) and r.quantizer.format == "nf4"}  # fmt: skip
+        nested = {
+            r.quantizer.double_quant
+            for r in (self, *others)
+            if r.quantizer and r.quantizer.format == "nf4"
+        }
         if len(nested) > 1:
             raise ValueError("Recipe: double_quant must be the same for all layers of a folder")
 
@@ -86,11 +118,16 @@ class Recipe:
 
     @property
     def pruner(self) -> Pruner | None:
-        return next((step for step in self.steps if step.prunes), None)
+        return next((step for step in self.steps if step.kind == "prune"), None)
 
     @property
     def quantizer(self) -> RTN | GPTQ | None:
-        return next((step for step in self.steps if not step.prunes), None)
+        return next((step for step in self.steps if step.kind == "quantize"), None)
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """The steps that change weights and leave what the model computes alone."""
+        return tuple(step for step in self.steps if step.kind == "fold")
 
     @property
     def name(self) -> str:
@@ -102,12 +139,17 @@ class Recipe:
             return True
         if self.pruner and self.pruner.allocation:
             return True
-        return any(isinstance(step, GPTQ | SparseGPT | Wanda | RIA) for step in self.steps)
+        return any(
+            isinstance(step, GPTQ | SparseGPT | Wanda | RIA | SmoothQuant | AWQ)
+            or (isinstance(step, RTN) and step.search == "importance")
+            for step in self.steps
+        )
 
     def at_sparsity(self, sparsity: float) -> "Recipe":
         """The same recipe with its pruner at another fraction."""
-        pruner = replace(self.pruner, sparsity=sparsity)
-        return replace(self, steps=(pruner, *self.steps[1:]))
+        steps = (replace(step, sparsity=sparsity) if step.kind == "prune" else step
+                 for step in self.steps)  # fmt: skip
+        return replace(self, steps=tuple(steps))
 
     def skips(self, layer: str) -> bool:
         """Whether the linear of this full name stays dense."""
@@ -116,8 +158,10 @@ class Recipe:
     @classmethod
     def named(cls, name: str) -> "Recipe":
         """A recipe by name: `<format>-rtn`, `int4-gptq`, `<pruner>-<fraction or n:m>`, or a pruner
-        and a quantizer joined by "+", as in "sparsegpt-0.5+int4-gptq". A pruner may end in "-owl",
-        and sparsegpt in "-faithful": the algorithm as published, without refinement."""
+        and a quantizer joined by "+", as in "sparsegpt-0.5+int4-gptq"; before them hadamard,
+        smoothquant or awq. "w8a8" is int8 with 8-bit activations. RTN may end in "-mse" or
+        "-importance", the search for its scales, a pruner in "-owl", and sparsegpt in "-faithful":
+        the algorithm as published, without refinement."""
         return cls(tuple(_step_named(part, name) for part in name.split("+")))
 
     def to_dict(self) -> dict:
@@ -206,11 +250,17 @@ def _check_keys(what: str, data: Mapping, valid: tuple[str, ...]) -> None:
 
 
 def _step_named(part: str, name: str) -> Step:
-    if match := re.fullmatch(r"(\w+)-rtn", part):
+    if match := re.fullmatch(r"(\w+)-rtn(?:-(mse|importance))?", part):
         if match[1] in formats.FORMATS:
-            return RTN(match[1])
+            return RTN(match[1], search=match[2])
     elif match := re.fullmatch(r"int([48])-gptq", part):
-        return GPTQ(bits=int(match[1]), group_size=128 if match[1] == "4" else -1)
+        return GPTQ(bits=int(match[1]))
+    elif match := re.fullmatch(r"(fp8|nf4)-gptq", part):
+        return GPTQ(grid=match[1])
+    elif match := re.fullmatch(r"w8a8(?:-(mse|importance))?", part):
+        return RTN("int8", search=match[1], activations="int8")
+    elif part in ("hadamard", "smoothquant", "awq"):
+        return STEPS[part]()
     elif match := re.fullmatch(_PRUNER, part):
         step, amount = STEPS[match[1]], match[2]
         options = {"pattern": amount} if ":" in amount else {"sparsity": float(amount)}

@@ -6,7 +6,9 @@ import torch
 
 from .. import formats
 from ..formats import QuantizedTensor, int4
+from ..formats.base import FLOATS
 from .gptq import QuantizedResult
+from .grid import GroupGrid
 from .hessian import relative_error
 from .sparsegpt import check_weight
 
@@ -21,6 +23,8 @@ def solve(
     double_quant: bool = False,
     granularity: str | None = None,
     scale_dtype: torch.dtype | None = None,
+    grid: GroupGrid | None = None,
+    importance: torch.Tensor | None = None,
     name: str = "rtn.solve",
 ) -> QuantizedResult:
     """Rounds a weight to a format, keeping its zeros.
@@ -32,9 +36,17 @@ def solve(
         group_size, symmetric, double_quant, granularity: as in `genai_perf.quantize`.
         scale_dtype: what scales are rounded to before codes are computed, so that a loader that
             keeps them in it reads the same weight; nf4, whose scales stay fp32, ignores it.
+        grid: fitted to the weight and rounded to, in place of what the options above describe.
+        importance: (in_features,), what a squared error in each column costs a grid; None: 1.
         name: the layer, for messages.
     """
     check_weight(name, weight, hessian)
+    if grid is not None:
+        dense = weight.detach().float()
+        grid.fit(dense, dense.new_ones(dense.shape[1]) if importance is None else importance)
+        qweight = grid.pack(dense, weight.dtype if weight.dtype in FLOATS else torch.float32)
+        new = qweight.dequantize()
+        return QuantizedResult(qweight, new, relative_error(weight, new, hessian))
     qweight = formats.get(format).quantize(
         weight, group_size=group_size, symmetric=symmetric, double_quant=double_quant,
         granularity=granularity, scale_dtype=scale_dtype if format == "int4" else None)  # fmt: skip

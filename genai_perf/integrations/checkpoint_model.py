@@ -131,6 +131,20 @@ class CheckpointModel:
         return {name: tensor.detach().to(self.stored_dtype(name))
                 for name, tensor in skeleton.stored(block, f"{prefix}.")}  # fmt: skip
 
+    def round_block(self, i: int) -> None:
+        """Rounds block i's tensors, loaded, to their stored dtype: what is run is what a reader of
+        `block_tensors` will run."""
+        for name, tensor in self.block_tensors(i).items():
+            self.set_tensor(name, tensor)
+
+    def set_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Puts a tensor of a loaded block, perhaps a changed one, in its place."""
+        skeleton.assign(self.model, name, tensor.to(self.device, self.dtype, copy=True))
+
+    def checkpoint_tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the model as the checkpoint stores it."""
+        return self.names.get(name, self._shapes[name])
+
     def other_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Everything outside the blocks, straight from the files, one at a time; a tied tensor
         once, and NaN refused."""

@@ -16,6 +16,7 @@ from .._checks import check_choice
 from .._errors import CalibrationError, CheckpointError
 from .._version import __version__
 from ..compression import calibration as text
+from ..compression import folding
 from ..compression.activations import OnDisk
 from ..compression.apply import Progress, compress_blocks, quantization_config
 from ..compression.recipe import Recipe
@@ -117,7 +118,7 @@ def compress(
                 raise
             raise type(error)(f"{error}; {len(writer.finished)} finished blocks are kept, and the "
                               f"same call goes on from them") from error  # fmt: skip
-        for name, tensor in model.other_tensors():
+        for name, tensor in folding.outside(model, recipe):
             if name not in writer:
                 writer.write({name: tensor})
         notes = [f"{name}: not carried over: the model has no such tensor" for name in model.unused]
@@ -136,7 +137,7 @@ def compress(
             notes=(*outcome.notes, *notes),
         )
         writer.write_json("report.json", report.to_dict())
-        config = dict(checkpoint.config)
+        config = folding.config(recipe, checkpoint.config)
         quantized = quantization_config(model, recipe, outcome)
         if quantized is not None:
             config["quantization_config"] = quantized

@@ -14,7 +14,7 @@ from .._checks import check_choice, check_positive
 from ..compression.apply import BATCH_TOKENS
 from ..compression.layer import fitting_group_size
 from ..compression.recipe import Recipe
-from ..compression.steps import GPTQ, RTN, SparseGPT
+from ..compression.steps import GPTQ, SparseGPT
 from ..io.checkpoints import Checkpoint
 from . import skeleton
 from .fake import LiveBytes, without_data
@@ -122,7 +122,7 @@ class _Block:
         if form.name == "int4":
             size = 128 if quantizer.group_size is None else quantizer.group_size
             options = {"group_size": fitting_group_size(k, size), "scale_dtype": self._dtype}
-        elif isinstance(quantizer, RTN) and form.name == "nf4":
+        elif form.name == "nf4":
             options = {"double_quant": quantizer.double_quant}
         layout = form.layout((n, k), form.spec(**options))
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
@@ -130,7 +130,7 @@ class _Block:
     @property
     def solver(self) -> int:
         """fp32 copies of the largest layer's weights and of its Hessian, all alive in the sweep."""
-        return max((4 * (5 * n * k + 4 * k * k) for n, k, _ in self.linears), default=0)
+        return max((4 * (5 * n * k + 3 * k * k) for n, k, _ in self.linears), default=0)
 
     def flops(self, tokens: int, inputs) -> float:
         weights = sum(t.numel() for t in self.names.values())

@@ -30,17 +30,20 @@ METHOD = "compressed-tensors"
 VERSION = "0.20.0"  # of the library whose layout this is
 INT8_LAYOUTS = ("int-quantized", "pack-quantized")
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
+_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 _STRATEGIES = {"channel": -1, "tensor": 0, "block": 128}  # -> QuantizedTensor.group_size
 _GROUP_SIZES = {size: name for name, size in _STRATEGIES.items()}
 
 
 class Scheme(NamedTuple):
-    """How one layer is stored: the format, its grouping, and the layout in the file."""
+    """How one layer is stored: the format, its grouping, and the layout in the file; `activations`:
+    a server rounds its inputs to int8, a scale a token."""
 
     format: str
     group_size: int
     symmetric: bool
     layout: str
+    activations: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -192,7 +195,7 @@ def quantization_config(layers: Mapping[str, Scheme], ignore: Iterable[str]) -> 
             "targets": ["Linear"] if len(schemes) == 1 else names,
             "format": found.layout,
             "weights": _arguments(found),
-            "input_activations": None,
+            "input_activations": dict(_TOKENS) if found.activations else None,
             "output_activations": None,
         }
     layouts = {found.layout for found in schemes}
@@ -247,6 +250,9 @@ class Groups:
                 raise CheckpointError(f"{place} has no weights")
             layout = group.get("format") or config.get("format")
             found = _parse(group["weights"], layout, place)
+            inputs = group.get("input_activations") or {}
+            if found.layout == "int-quantized" and inputs.items() >= _TOKENS.items():
+                found = found._replace(activations=True)
             self.groups.append((found, _patterns(group.get("targets") or [], place)))
 
     def scheme(self, name: str, kind: str = "Linear") -> Scheme | None:

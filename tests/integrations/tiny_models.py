@@ -18,6 +18,7 @@ def configs() -> dict[str, tuple]:
         "gpt2": (t.GPT2Config, dict(vocab_size=96, n_embd=64, n_layer=3, n_head=4, n_positions=64)),
         "qwen2": (t.Qwen2Config, grouped),
         "qwen3": (t.Qwen3Config, {**grouped, "head_dim": 16}),
+        "gemma": (t.GemmaConfig, {**grouped, "head_dim": 16}),
         "gemma2": (t.Gemma2Config, {**grouped, "head_dim": 16, "sliding_window": 4}),
         "mistral": (t.MistralConfig, {**grouped, "sliding_window": 5}),
         "opt": (t.OPTConfig, dict(vocab_size=96, hidden_size=64, ffn_dim=128, num_hidden_layers=3,
