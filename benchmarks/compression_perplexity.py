@@ -19,7 +19,7 @@ import genai_perf as gp
 from genai_perf import models
 from genai_perf.bench import evaluate
 from genai_perf.bench.machine import machine
-from genai_perf.compression import GPTQ, RTN, Recipe
+from genai_perf.compression import GPTQ, RTN, Hadamard, Recipe
 
 
 def _names(*names: str) -> dict[str, Recipe]:
@@ -44,8 +44,12 @@ GROUPS = {
     "fp8": _names("fp8-rtn", "fp8-rtn-importance", "fp8-gptq"),
     "channel": {
         "int4-rtn by channel": Recipe((RTN("int4", group_size=-1),)),
+        "hadamard, int4-rtn by channel": Recipe((Hadamard(), RTN("int4", group_size=-1))),
         "int4-gptq by channel": Recipe((GPTQ(group_size=-1),)),
+        "hadamard, int4-gptq by channel": Recipe((Hadamard(), GPTQ(group_size=-1))),
     },
+    "folds": _names("int4-rtn", "awq+int4-rtn", "awq+int4-gptq", "hadamard+int4-gptq"),
+    "w8a8": _names("w8a8", "smoothquant+w8a8"),
 }  # fmt: skip
 
 
@@ -90,7 +94,7 @@ def main() -> None:
             excess = mean(found) - dense
             first = first or excess
             each = ", ".join(f"{value:.3f}" for value in found)
-            print(f"{name:26s}{mean(found):8.3f} +- {spread:.3f}  excess {excess:7.3f}, "
+            print(f"{name:32s}{mean(found):8.3f} +- {spread:.3f}  excess {excess:7.3f}, "
                   f"{excess / first:.3f} of the first   ({each})", flush=True)  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from ..formats import QuantizedTensor
 from ..io import bitsandbytes, compressed_tensors
 from . import layer as one_layer
 from . import owl
-from .capture import Layer, inputs_of
+from .capture import Layer
 from .experts import Expert, has_calibrated_sibling
 from .fallback import without_calibration
 from .folding import Folds
@@ -24,6 +24,7 @@ from .hessian import Hessian, Inputs
 from .recipe import Recipe
 from .report import LayerReport
 from .rules import check_fused
+from .stages import calibrate, stages_of
 from .steps import GPTQ, RTN
 
 # Tokens that go through a block at once; more would hold larger activations for no more speed.
@@ -181,11 +182,16 @@ def _compress_block(
         amount = f"{recipe.pruner.sparsity:.3f}"
         outcome.notes.append(f"{model.blocks[i][0]}: owl gives it a sparsity of {amount}")
     outcome.notes += folds.before_calibration(i)
-    with inputs_of(linears) as hessians:
-        for batch, call in zip(hidden, kwargs, strict=True):
-            model.forward_block(i, batch, call)
-    outcome.notes += folds.after_calibration(i, recipe, hessians)
-    stored = _compress_linears(model, linears, hessians, recipe, int8, outcome)
+    stages = stages_of(model, i, linears, recipe, hidden, kwargs)
+    hessians = None
+    if folds.need_calibration or len(stages) == 1:
+        hessians = calibrate(model, i, linears, hidden, kwargs)
+        outcome.notes += folds.after_calibration(i, recipe, hessians)
+    stored = {}
+    for stage in stages:
+        if len(stages) > 1:
+            hessians = calibrate(model, i, stage, hidden, kwargs)
+        stored |= _compress_linears(model, stage, hessians, recipe, int8, outcome)
     _advance(model, i, hidden, kwargs)
     tensors = model.block_tensors(i)
     known = {model.tensor_name(name, linear) for name, linear in linears.items()}

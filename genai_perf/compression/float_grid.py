@@ -73,7 +73,8 @@ class Nf4Grid(GroupGrid):
         return self._book[self._codes(values, scale).long()] * scale
 
     def _codes(self, values, scale) -> torch.Tensor:
-        return torch.bucketize((values / scale).float(), self._middles, out_int32=True)
+        ratios = (values / scale).float().contiguous()
+        return torch.bucketize(ratios, self._middles, out_int32=True)
 
     def pack(self, weight: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
         codes = self._codes(weight, self._spread(self._scale)).to(torch.uint8).flatten()

@@ -34,6 +34,10 @@ class Folds:
         if self._rotation:
             self._rotation.check_embedding(ids, self._probe.hidden)
 
+    @property
+    def need_calibration(self) -> bool:
+        return bool(self._steps)
+
     def enter(self, hidden: MutableSequence[torch.Tensor]) -> None:
         """Replaces the inputs of the first block by those of the folded model."""
         if self._rotation:

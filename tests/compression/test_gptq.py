@@ -6,6 +6,7 @@ from layers import layer
 
 from genai_perf import formats
 from genai_perf.compression import gptq, rtn
+from genai_perf.compression.float_grid import Fp8Grid, Nf4Grid
 from genai_perf.compression.grid import IntGrid
 
 PLAIN = {"search": False}
@@ -113,6 +114,39 @@ def test_the_native_search_is_the_one_in_torch(symmetric, monkeypatch):
     native = cost()
     monkeypatch.setattr("genai_perf._backends.native.why_not", lambda *tensors: "not here")
     torch.testing.assert_close(native, cost(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("grid", [
+    Fp8Grid, Nf4Grid, lambda search: Nf4Grid(search=search, double_quant=True),
+    lambda search: Fp8Grid(search=search, scale_dtype=torch.bfloat16),
+], ids=["fp8", "nf4", "nf4 nested", "fp8 bf16 scales"])  # fmt: skip
+@pytest.mark.parametrize("search", [True, False])
+def test_grids_of_other_formats(grid, search):
+    weight, hessian = layer(columns=192)
+    result = gptq.solve(weight, hessian, grid=grid(search=search), act_order=True)
+    result.qweight.check()
+    assert torch.equal(result.qweight.dequantize(), result.weight)
+    assert result.error == pytest.approx(oracles.error(weight, result.weight, hessian), rel=1e-3)
+    form = result.qweight.format
+    assert result.error < 0.8 * rtn.solve(weight, hessian, format=form).error
+    # Rounding alone, where nothing is searched for, is the format's own.
+    plain = rtn.solve(weight, hessian, format=form, grid=grid(search=False))
+    theirs = rtn.solve(weight, hessian, format=form)
+    assert plain.error == pytest.approx(theirs.error, rel=0.05)
+
+
+@pytest.mark.parametrize("form, options", [("int4", {"group_size": 32}), ("nf4", {})])
+def test_searched_scales_round_better(form, options):
+    weight, hessian = layer(columns=192)
+    plain = rtn.solve(weight, hessian, format=form, **options).error
+    grid = IntGrid(**options) if form == "int4" else Nf4Grid()
+    searched = rtn.solve(weight, hessian, format=form, grid=grid)
+    lost = {kind: float((result.weight - weight).square().sum())
+            for kind, result in (("plain", rtn.solve(weight, format=form, **options)),
+                                 ("searched", searched))}  # fmt: skip
+    assert lost["searched"] < lost["plain"]
+    weighted = rtn.solve(weight, hessian, format=form, grid=grid, importance=hessian.diagonal())
+    assert weighted.error < 0.95 * plain
 
 
 def test_better_settings_are_better():

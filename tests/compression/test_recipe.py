@@ -2,7 +2,17 @@ import json
 
 import pytest
 
-from genai_perf.compression import GPTQ, RIA, RTN, Magnitude, Recipe, SparseGPT, Wanda
+from genai_perf.compression import (
+    GPTQ,
+    RIA,
+    RTN,
+    Hadamard,
+    Magnitude,
+    Recipe,
+    SmoothQuant,
+    SparseGPT,
+    Wanda,
+)
 from genai_perf.compression.recipe import NAMES
 
 
@@ -17,6 +27,10 @@ from genai_perf.compression.recipe import NAMES
     ("sparsegpt-0.7-faithful-owl", (SparseGPT(sparsity=0.7, refine=None, allocation="owl"),)),
     ("ria-0.5", (RIA(sparsity=0.5),)), ("ria-2:4+int4-gptq", (RIA(pattern="2:4"), GPTQ())),
     ("magnitude-0.5", (Magnitude(sparsity=0.5),)), ("wanda-2:4", (Wanda(pattern="2:4"),)),
+    ("int4-rtn-mse", (RTN(search="mse"),)),
+    ("nf4-gptq", (GPTQ(bits=4, group_size=64, grid="nf4"),)),
+    ("hadamard+sparsegpt-0.5+fp8-gptq", (Hadamard(), SparseGPT(sparsity=0.5), GPTQ(grid="fp8"))),
+    ("smoothquant+w8a8-mse", (SmoothQuant(), RTN("int8", search="mse", activations="int8"))),
     ("wanda-0.5+int8-rtn", (Wanda(sparsity=0.5), RTN("int8"))),
 ])  # fmt: skip
 def test_names(name, steps):
@@ -62,7 +76,7 @@ def test_unknown_names_give_the_nearest():
 @pytest.mark.parametrize("make, words", [
     (lambda: Recipe.of("sparsegpt-1.5"), "sparsity must be at least 0 and below 1, got 1.5"),
     (lambda: Recipe.of("sparsegpt-4:2"), "pattern must be"),
-    (lambda: Recipe.of("int4-gptq+sparsegpt-0.5"), "a pruner and then a quantizer, got int4-gptq"),
+    (lambda: Recipe.of("int4-gptq+sparsegpt-0.5"), "a pruner and then a .* got int4-gptq"),
     (lambda: Recipe.of("int4-gptq+int8-rtn"), "a pruner and then a quantizer"),
     (lambda: Recipe((SparseGPT(sparsity=0.5, refine=None), GPTQ(act_order=True))), "one sweep"),
     (lambda: Recipe.of("wanda-2:4-owl"), "allocation needs sparsity"),
@@ -78,6 +92,12 @@ def test_unknown_names_give_the_nearest():
     (lambda: RTN("int8", group_size=64), "group_size"),
     (lambda: GPTQ(bits=3), "bits must be"),
     (lambda: GPTQ(block_size=0), "block_size must be positive"),
+    (lambda: GPTQ(grid="nf4", group_size=128), "4, 64, True with grid 'nf4', got 4, 128, True"),
+    (lambda: GPTQ(grid="fp8", scales="sweep"), "grid='fp8' needs scales='static'"),
+    (lambda: GPTQ(double_quant=True), "double_quant must be False"),
+    (lambda: RTN("fp8", granularity="block", search="mse"), "search must be None"),
+    (lambda: RTN("int4", activations="int8"), "activations must be None"),
+    (lambda: Recipe.of("int4-rtn-imatrix"), "unknown name"),
     (lambda: SparseGPT(sparsity=0.5, damp_frac=-1), "damp_frac"),
     (lambda: SparseGPT(), "one of sparsity and pattern"),
 ])  # fmt: skip
@@ -125,7 +145,7 @@ def test_skip():
 def test_who_needs_calibration():
     need = {name for name in NAMES if Recipe.named(name).needs_calibration}
     free = {name for name in NAMES if "rtn" in name or "magnitude" in name}
-    assert need == set(NAMES) - free | {"int4-rtn-importance"}
+    assert need == set(NAMES) - free | {"int4-rtn-importance", "awq+int4-rtn"}
 
 
 MIXED = {

@@ -1,4 +1,4 @@
-"""Rotations and scales folded into weights: the model stays the same, and what follows is better."""
+"""Rotations and scales folded into weights: the model stays the same, and rounds better."""
 
 import json
 

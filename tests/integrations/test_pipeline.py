@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import genai_perf as gp
-from genai_perf.compression import GPTQ, RTN, Magnitude, Recipe, SparseGPT, sparsegpt
+from genai_perf.compression import GPTQ, RTN, Magnitude, Recipe, SparseGPT, gptq, sparsegpt
 from genai_perf.compression import layer as one_layer
 from genai_perf.compression.hessian import Hessian
 from genai_perf.compression.report import Report
+from genai_perf.compression.stages import call_order
 from genai_perf.integrations import pipeline
 
 torch.manual_seed(0)
@@ -131,6 +132,45 @@ def test_compressed_outputs_feed_forward(saved, tmp_path):
         model(IDS)
     other = sparsegpt.solve(linear.weight.detach(), dense_input.matrix(), **options).weight
     assert (after[f"{name}.weight"] - other).abs().max() > 0.01
+
+
+def test_true_to_the_sequence(saved, tmp_path):
+    """down_proj is solved on what the layers before it give once they are quantized."""
+    src, dst = saved("llama"), tmp_path / "out"
+    recipe = Recipe((GPTQ(group_size=32, true_sequential=True),))
+    gp.compress(src, dst, recipe, calibration=IDS)
+    model, after = load(src), load(dst)
+    after(IDS)  # compressed-tensors decompresses on the first call
+    name = "model.layers.0.mlp.down_proj"
+    dense = model.get_submodule(name).weight.detach().clone()
+    with torch.no_grad():
+        for other, parameter in model.named_parameters():
+            if other.startswith("model.layers.0.") and name not in other:
+                parameter.copy_(after.get_parameter(other))
+    hessian = Hessian(128)
+    model.get_submodule(name).register_forward_pre_hook(lambda m, args: hessian.add(args[0]))
+    with torch.no_grad():
+        model(IDS)
+    wanted = gptq.solve(dense, hessian.matrix(), group_size=32, act_order=True)
+    found = after.get_submodule(name).weight
+    # A value within rounding of the middle of two grid points may go either way, with its row.
+    same = (found - wanted.weight).abs().amax(1) < 1e-5
+    assert same.float().mean() > 0.8
+    gp.compress(src, tmp_path / "at once", Recipe((GPTQ(group_size=32),)), calibration=IDS)
+    other = load(tmp_path / "at once")
+    other(IDS)
+    assert (found - other.get_submodule(name).weight).abs().amax(1).gt(1e-5).float().mean() > 0.5
+
+
+def test_stages_follow_the_call_order(saved):
+    model = pipeline.CheckpointModel(saved("llama"))
+    inputs = model.block_inputs([IDS])
+    model.load_block(0)
+    run = lambda: model.forward_block(0, inputs.hidden[0], inputs.kwargs[0][0])  # noqa: E731
+    order = call_order(model.linears(0), run)
+    assert [[name.rpartition(".")[2] for name in stage] for stage in order] == [
+        ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "ria", "magnitude"])
