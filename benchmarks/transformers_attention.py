@@ -10,8 +10,6 @@ ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 
 import argparse
-import statistics
-import time
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,22 +17,16 @@ from transformers.utils import logging
 
 import genai_perf.integrations.transformers  # noqa: F401  (registers the name)
 from genai_perf._backends import native
+from genai_perf.bench.timer import interleave
 from genai_perf.models import tiny_python_lm
 
 NAMES = ("genai_perf", "sdpa", "eager")
 
 
 def interleaved(calls: dict, repeats: int) -> dict[str, float]:
-    """Median seconds of each call, taking turns so that all see the same machine."""
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+    """Median seconds of each call, in turns."""
+    found = interleave(calls, rounds=repeats, warmup_seconds=0, min_sample_seconds=0)
+    return {name: samples.median for name, samples in found.items()}
 
 
 def prefill(model, ids, mask=None):

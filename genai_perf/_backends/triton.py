@@ -4,13 +4,16 @@ Where TRITON_INTERPRET is set, kernels run in Triton's interpreter, on CPU tenso
 slow, a test of the kernels and not a way to use them.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from .._config import CONFIG
+from . import tuning
 
 
 def interpreting() -> bool:
@@ -90,3 +93,11 @@ def launch(kernel, programs: int, device: torch.device, *args, **constants) -> N
         return
     with torch.cuda.device(device):
         kernel[(programs,)](*args, **constants)
+
+
+def measured(folder: Path, device: torch.device, exact: Mapping[str, object],
+             near: Mapping[str, float]) -> dict[str, int] | None:  # fmt: skip
+    """What was measured on this kind of device (see `tuning.lookup`), None where nothing was."""
+    if device.type != "cuda":
+        return None
+    return tuning.lookup(folder, device_key(device), version(), exact, near)

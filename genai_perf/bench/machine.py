@@ -18,7 +18,7 @@ _FLAGS = (
 )  # fmt: skip
 _PACKAGES = (
     "torch", "numpy", "transformers", "tokenizers", "safetensors", "accelerate",
-    "compressed-tensors", "bitsandbytes", "triton",
+    "compressed-tensors", "bitsandbytes", "peft", "triton",
 )  # fmt: skip
 
 

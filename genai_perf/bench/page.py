@@ -3,14 +3,14 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 from .charts import SERIES, Mark, Roof, log_log, swatch
-from .numbers import figures, human_bytes
+from .numbers import figures
 from .plots import Point, scatter
 from .report_html import family
 from .results import load
+from .templating import fill
 
 FORMATS = (".html", ".csv", ".md", ".png")
 _WIDE, _NARROW = (880, 430), (342, 360)
@@ -134,15 +134,9 @@ def render(reports: Mapping[str, dict]) -> str:
     Raises:
         ImportError: jinja2 is not installed.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"size": human_bytes, "figures": figures}
-    source = files("genai_perf.bench").joinpath("templates/results.html").read_text("utf-8")
     rows = table(reports)
-    return environment.from_string(source).render(
+    return fill(
+        "results.html",
         runs=[_about(name, report) for name, report in reports.items()],
         ops=[_op(op, [row for row in rows if row["op"] == op], reports)
              for op in dict.fromkeys(row["op"] for row in rows)],

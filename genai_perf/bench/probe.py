@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import peers
+from . import peers, shapes
 from .problem import Problem, Variant
 from .suites import suite
 
@@ -22,7 +22,7 @@ def build(problem: Problem, variant: str, own: bool) -> Variant:
 
 
 def variant_memory(op: str, case: str, phase: str, device: str, variant: str, own: bool, seed: int,
-                   threads: int) -> dict:  # fmt: skip
+                   threads: int, model: str | None = None) -> dict:  # fmt: skip
     """Build the problem, call the variant once, and say how far memory rose above what the inputs
     and the variant's own weights already took.
 
@@ -33,7 +33,8 @@ def variant_memory(op: str, case: str, phase: str, device: str, variant: str, ow
     """
     torch.set_num_threads(threads)
     room = suite(op)
-    problem = room.make(room.cases()[case], phase, device, seed)
+    known = shapes.cases(op, model and Path(model))
+    problem = room.make(known[case], phase, device, seed)
     made = build(problem, variant, own)
     # What a library loads, and keeps, on its first call is not of the call, so the second is looked
     # at, after the first one's memory went back to the system.

@@ -1,10 +1,10 @@
 """report.html: one page from a report, with nothing outside of it: no font, no network."""
 
-from importlib.resources import files
 from statistics import median
 
-from .numbers import figures, human_bytes, percent
+from .numbers import figures, percent
 from .plots import Point, marker, scatter
+from .templating import fill
 
 _FAMILIES = {
     "dense": "dense",
@@ -32,14 +32,8 @@ def render(report: dict) -> str:
     Raises:
         ImportError: jinja2 is not installed.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"size": human_bytes, "figures": figures, "percent": percent}
-    source = files("genai_perf.bench").joinpath("templates/report.html").read_text("utf-8")
-    return environment.from_string(source).render(
+    return fill(
+        "report.html",
         report=report,
         rows=_rows(report["variants"]),
         cards=_cards(report),

@@ -18,7 +18,7 @@ import torch
 
 from .._errors import BackendUnsupported
 from ..ops import OPS
-from . import caches, peers, probe, results
+from . import caches, peers, probe, results, shapes
 from .clocks import timer_for
 from .memory import FreshProcesses
 from .problem import Check, Problem, Unsupported, choose
@@ -42,7 +42,8 @@ class Selection:
     """What to measure. Empty tuples: the suite's own choice.
 
     cases: names or patterns such as "int4-*"; phases: of the suite's PHASES; dtypes: "bfloat16";
-    against: variants of peers, the first one the baseline; backends: own ones, of `own_names`.
+    against: variants of peers, the first one the baseline; backends: own ones, of `own_names`;
+    model: a checkpoint whose shapes the cases take.
     """
 
     op: str
@@ -51,6 +52,7 @@ class Selection:
     dtypes: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
     backends: tuple[str, ...] = ()
+    model: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def select(selection: Selection, quick: bool = False) -> list[tuple[object, str]
         ValueError: unknown op, case, phase, peer or backend; offers the nearest names.
     """
     room = suite(selection.op)
-    known = room.cases()
+    known = shapes.cases(selection.op, selection.model)
     for name in selection.against:
         if name == ALL:
             continue
@@ -106,7 +108,8 @@ def select(selection: Selection, quick: bool = False) -> list[tuple[object, str]
         choose(f"backend of {selection.op}", name, own_names(selection.op))
     phases = [choose("phase", name, room.PHASES) for name in selection.phases] or [room.PHASES[0]]
     names: list[str] = []
-    for wanted in selection.cases or (room.HEADLINE if quick else tuple(known)):
+    headline = tuple(known)[: len(room.HEADLINE)] if selection.model else room.HEADLINE
+    for wanted in selection.cases or (headline if quick else tuple(known)):
         matching = [name for name in known if fnmatchcase(name, wanted)]
         names += matching or [choose("case", wanted, list(known))]
     cases = [known[name] for name in dict.fromkeys(names)]
@@ -209,7 +212,7 @@ def _row(one: Selection, case, phase: str, settings: Settings, peaks: Peaks, tim
         ]
     if fresh is not None:
         for entry in ready:
-            entry.memory = _memory(fresh, entry, about, settings, problem)
+            entry.memory = _memory(fresh, entry, about, one.model, settings, problem)
     row = about | {
         "flops": problem.flops,
         "floor_bytes": problem.floor_bytes,
@@ -317,11 +320,11 @@ def _noise(measured) -> dict | None:
             "stable": all(warm.stable for warm in measured.warm.values())}  # fmt: skip
 
 
-def _memory(fresh: FreshProcesses, entry: _Entry, about: dict, settings: Settings,
-            problem: Problem) -> dict:  # fmt: skip
+def _memory(fresh: FreshProcesses, entry: _Entry, about: dict, model: Path | None,
+            settings: Settings, problem: Problem) -> dict:  # fmt: skip
     arguments = {name: about[name] for name in ("op", "case", "phase", "device")} | {
         "variant": entry.name, "own": entry.own, "seed": settings.seed,
-        "threads": settings.threads,
+        "threads": settings.threads, "model": model and str(model),
     }  # fmt: skip
     try:
         found = fresh.run("genai_perf.bench.probe:variant_memory", arguments).value

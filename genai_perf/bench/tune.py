@@ -18,6 +18,7 @@ import torch
 from .._backends import triton as toolchain
 from .._backends import tuning
 from .._errors import BackendUnsupported
+from ..ops import OPS
 from . import schema
 from .clocks import CudaEventTimer, Timer
 from .machine import commit
@@ -25,13 +26,29 @@ from .problem import choose
 from .suites import suite
 from .timer import Interleaver
 
-# op -> its module of configurations, the phase in which each of its kernels runs
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that `_backends.tuning` knows by `name`, the phase of the suite in which it runs,
+    and the launch keywords to try."""
+
+    name: str
+    phase: str
+    space: dict[str, tuple[int, ...]]
+
+
+_TILES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8),
+          "num_stages": (1, 2, 3)}  # fmt: skip
 TUNABLE = {
-    "attention": ("genai_perf.ops.attention.triton.configs",
-                  {"fwd": "forward", "dkdv": "forward+backward", "dq": "forward+backward"}),
+    "attention": (
+        Kernel("fwd", "forward", _TILES),
+        Kernel("dkdv", "forward+backward", _TILES),
+        Kernel("dq", "forward+backward", _TILES),
+    ),
+    "decode_attention": (Kernel("split", "forward", _TILES | {"BLOCK_M": (16, 32, 64)}),),
+    "distill_loss": (Kernel("rows", "forward+backward", {
+        "BLOCK": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16), "num_stages": (1,)}),),
 }  # fmt: skip
-SPACE = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8),
-         "num_stages": (1, 2, 3)}  # fmt: skip
 # What a configuration that does not fit the chip ends in.
 _FAILURES = (RuntimeError, ValueError, MemoryError)
 Progress = Callable[[str, int, int, str], None]
@@ -47,8 +64,7 @@ class Found:
     before: float
 
 
-def candidates(space: dict[str, Iterable[int]] | None = None) -> list[dict[str, int]]:
-    space = space or SPACE
+def candidates(space: dict[str, Iterable[int]]) -> list[dict[str, int]]:
     return [dict(zip(space, values, strict=True)) for values in product(*space.values())]
 
 
@@ -71,7 +87,7 @@ def search(configs: list[dict[str, int]], measure: Callable[[dict[str, int] | No
 
 def tune(op: str, *, cases: tuple[str, ...] = (), folder: Path | None = None,
          progress: Progress | None = None) -> Path:  # fmt: skip
-    """Search every kernel of an op on its benchmark cases, and write `<folder>/<device>.json`.
+    """Search every kernel of an op on its benchmark cases and write `<folder>/<device>.json`.
 
     Args:
         op: one with Triton kernels.
@@ -83,29 +99,32 @@ def tune(op: str, *, cases: tuple[str, ...] = (), folder: Path | None = None,
         ValueError: unknown op or case.
         BackendUnsupported: no GPU.
     """
+    if op in OPS and op not in TUNABLE:
+        raise ValueError(f"tune: {op} has no Triton kernel; those that have one: "
+                         f"{', '.join(TUNABLE)}")  # fmt: skip
     choose("op with Triton configurations", op, list(TUNABLE))
     if (reason := toolchain.unavailable()) is not None or toolchain.interpreting():
         raise BackendUnsupported(f"tune {op}: {reason or 'Triton is set to interpret'}")
-    module, kernels = TUNABLE[op]
     room, progress = suite(op), progress or (lambda stage, done, total, what: None)
     known = room.cases()
     names = [choose("case", name, list(known)) for name in cases] or [
         name for name, case in known.items() if case.dtype == torch.bfloat16]  # fmt: skip
     timer, entries = CudaEventTimer(), []
-    work = list(product(names, kernels.items()))
-    for i, (name, (kernel, phase)) in enumerate(work):
-        progress("Tuning", i, len(work), f"{name} {kernel}")
-        problem = room.make(known[name], phase, "cuda", seed=0)
+    work = list(product(names, TUNABLE[op]))
+    for i, (name, kernel) in enumerate(work):
+        progress("Tuning", i, len(work), f"{name} {kernel.name}")
+        problem = room.make(known[name], kernel.phase, "cuda", seed=0)
         seen: list[dict] = []
 
         def measure(config, problem=problem, kernel=kernel, seen=seen):
-            return _measure(room, problem, kernel, config, timer, seen)
+            return _measure(room, problem, kernel.name, config, timer, seen)
 
-        best, seconds, before = search(candidates(), measure)
+        best, seconds, before = search(candidates(kernel.space), measure)
         if best is not None:
             entries.append(Found(seen[0], best, seconds, before))
     device = torch.device("cuda")
-    path = (folder or import_module(module).TUNED) / f"{toolchain.device_key(device)}.json"
+    own = Path(import_module(f"genai_perf.ops.{op}").__file__).parent / "tuned"
+    path = (folder or own) / f"{toolchain.device_key(device)}.json"
     write(path, entries, toolchain.device_key(device), toolchain.version())
     return path
 

@@ -74,7 +74,7 @@ def run_command(
     ] = None,
     model: Annotated[
         list[Path] | None,
-        typer.Option(help="Checkpoint folder; repeated: compared with the first."),
+        typer.Option(help="Checkpoint folder, whose shapes an op takes; `model`: repeated."),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes of a model.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="Prompt lengths of a model.")] = None,
@@ -113,8 +113,9 @@ def run_command(
         chosen = []
         for name in SUITES if op == "all" else [op]:
             phases = tuple(suite(name).PHASES) if phase == ["all"] else _split(phase)
-            chosen.append(runner.Selection(name, _split(case), phases, _split(dtype),
-                                           _split(against), _split(backend)))  # fmt: skip
+            chosen.append(runner.Selection(
+                name, _split(case), phases, _split(dtype), _split(against), _split(backend),
+                _one(model)))  # fmt: skip
         for one in chosen:
             runner.select(one, quick)
         partial = (out or Path("results/partial.json")).with_suffix(".samples.jsonl")
@@ -126,6 +127,12 @@ def run_command(
             typer.echo(f"left out, no time: {name}")
         typer.echo(f"\n{path}\n{results.samples_path(path)}")
         raise typer.Exit(_exit_code(report["rows"], check))
+
+
+def _one(folders: list[Path] | None) -> Path | None:
+    if folders and len(folders) > 1:
+        raise ValueError(f"bench run: --model must be one checkpoint for an op, got {len(folders)}")
+    return folders[0] if folders else None
 
 
 def _split(values: list[str] | None) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from genai_perf.bench import peers, results, runner
+from genai_perf.bench import peers, results, runner, shapes
 from genai_perf.bench.problem import Check, Unsupported, Variant, join
 from genai_perf.bench.runner import Selection, Settings
 from genai_perf.bench.suites import SUITES, attention, suite
+from genai_perf.models import tiny_python_lm
 
 from .small import shrink
 
@@ -174,3 +175,18 @@ def test_patterns_and_dtypes_choose_cases():
     assert {case.name for case, _ in chosen} == {
         f"bfloat16_s512_d{dim}_{kind}" for dim in (64, 128) for kind in ("causal", "full")
     }
+
+
+def test_cases_take_the_shapes_of_a_model():
+    folder = tiny_python_lm()
+    names = [case.name for case, _ in runner.select(Selection("attention", model=folder))]
+    assert "float32_s512_d64_causal" in names and len(set(names)) == len(names)
+    case = shapes.cases("attention", folder)["bfloat16_s1024_d64_full"]
+    assert (case.nheads, case.nheads_k, case.headdim) == (4, 2, 64)
+    assert not any(case.seqlen_q > 1024 for case in shapes.cases("attention", folder).values())
+    linear = shapes.cases("quant_matmul", folder)
+    assert {(c.n, c.k) for c in linear.values()} == {
+        (256, 256), (128, 256), (768, 256), (256, 768)}  # fmt: skip
+    assert linear["nf4-1x768x256-float32"].k == 256
+    assert shapes.cases("quantize", folder)["nf4-768x256-float32"].shape == (768, 256)
+    assert shapes.cases("distill_loss", folder)["bench-64"].vocab == 4096

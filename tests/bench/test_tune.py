@@ -8,6 +8,7 @@ import torch
 from genai_perf import BackendUnsupported
 from genai_perf._backends import tuning
 from genai_perf.bench import tune
+from genai_perf.bench.suites import suite
 
 KEY = {"kernel": "fwd", "dtype": "bfloat16", "block_d": 64}
 
@@ -47,9 +48,57 @@ def test_a_configuration_is_forced_for_its_kernel_alone(tmp_path):
     assert lookup(tmp_path) is None
 
 
+class OnGpu:
+    """What a configuration is chosen by, of a tensor on a GPU that is not here."""
+
+    device, dtype, shape = torch.device("cuda"), torch.bfloat16, (1, 1, 32, 128)
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    from genai_perf._backends import triton as toolchain
+
+    monkeypatch.setattr(toolchain, "device_key", lambda device: "nvidia-h200")
+    monkeypatch.setattr(toolchain, "version", lambda: "3.6.0")
+    monkeypatch.setattr(toolchain, "arch", lambda device: "sm_90")
+
+
+def asked(op):
+    """Call what chooses the configurations of an op's tunable kernels."""
+    from genai_perf.ops.attention.triton import configs as attention
+    from genai_perf.ops.attention.triton.problem import Problem
+    from genai_perf.ops.decode_attention.triton import configs as decode
+    from genai_perf.ops.distill_loss.triton import launch as distill
+
+    if op == "decode_attention":
+        return {"split": decode.choose(OnGpu, torch.int8, 128, 4, 4096)}
+    if op == "distill_loss":
+        return {"rows": distill.config(32768, torch.float32, OnGpu.device)}
+    dense = {"headdim": 128, "headdim_v": 128, "seqlen_k": 512, "softcap": 0.0, "bias": None,
+             "alibi_slopes": None, "window_right": 0, "q": OnGpu}  # fmt: skip
+    problem = type("Dense", (), {**dict.fromkeys(Problem.__annotations__), **dense})
+    return {name: attention.choose(name, problem) for name in ("fwd", "dkdv", "dq")}
+
+
+@pytest.mark.parametrize("op", tune.TUNABLE)
+def test_every_tunable_kernel_asks_for_its_configuration(op, h200):
+    assert set(asked(op)) == {kernel.name for kernel in tune.TUNABLE[op]}
+    for kernel in tune.TUNABLE[op]:
+        assert kernel.phase in suite(op).PHASES
+        rule = asked(op)[kernel.name]
+        wanted, seen = tune.candidates(kernel.space)[-1], []
+        assert wanted != rule and set(rule) <= set(wanted)
+        with tuning.forced(kernel.name, wanted, seen):
+            assert asked(op)[kernel.name] == wanted
+        assert seen and seen[0]["kernel"] == kernel.name
+
+
 def test_no_gpu_and_unknown_ops_are_said_in_a_sentence():
     if not torch.cuda.is_available():
-        with pytest.raises(BackendUnsupported, match="tune attention: triton"):
-            tune.tune("attention")
+        for op in tune.TUNABLE:
+            with pytest.raises(BackendUnsupported, match=f"tune {op}: triton"):
+                tune.tune(op)
+    with pytest.raises(ValueError, match="quantize has no Triton kernel; those that have one"):
+        tune.tune("quantize")
     with pytest.raises(ValueError, match="did you mean attention"):
         tune.tune("atention")

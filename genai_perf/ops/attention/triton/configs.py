@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from ...._backends import triton as toolchain
-from ...._backends import tuning
 from .problem import Problem, block_dim
 from .tiles import DIMS, DROPOUT, FLOAT, HALF, HEAVY, NAMES, PLAIN
 
@@ -78,10 +77,8 @@ def choose(kernel: str, problem: Problem) -> dict:
         "rules": NAMES[kind(problem)],
     }
     measured = None
-    if kernel != "delta" and q.device.type == "cuda":
-        device, version = toolchain.device_key(q.device), toolchain.version()
-        near = {"seqlen": problem.seqlen_k}
-        measured = tuning.lookup(TUNED, device, version, exact, near)
+    if kernel != "delta":
+        measured = toolchain.measured(TUNED, q.device, exact, {"seqlen": problem.seqlen_k})
     arch = toolchain.arch(q.device)
     config = measured or rule(kernel, arch, q.dtype, problem.headdim, problem.headdim_v,
                               kind(problem))  # fmt: skip

@@ -1,14 +1,19 @@
-"""Tile sizes, warps, stages and the number of splits: a rule, **not measured here**.
+"""Tile sizes, warps, stages and the number of splits: measured where there is a table, else by a
+rule that is **not measured here**.
 
 Decoding waits for memory: tiles are as small in queries as the matrix instructions allow, and keys
 are split until every multiprocessor has a few programs. `make aot` checks that each compiles
 without spills.
 """
 
+from pathlib import Path
+
 import torch
 
 from ...._backends import triton as toolchain
 from ...attention.triton.problem import block_dim
+
+TUNED = Path(__file__).parent.parent / "tuned"
 
 MERGE_WARPS, APPEND_WARPS = 2, 1
 MAX_SPLITS = 128
@@ -41,8 +46,20 @@ def rule(arch: str, dtype: torch.dtype, headdim: int, headdim_v: int, rows: int)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
-def choose(q: torch.Tensor, headdim_v: int, rows: int) -> dict:
-    return rule(toolchain.arch(q.device), q.dtype, q.shape[3], headdim_v, rows)
+def choose(q: torch.Tensor, cache_dtype: torch.dtype, headdim_v: int, rows: int, room: int
+           ) -> dict:  # fmt: skip
+    """The launch keywords of the split kernel: measured on this device if there is a table, else
+    `rule`. room: keys that a sequence has room for; as in `rule`, nothing depends on the batch."""
+    exact = {
+        "kernel": "split",
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "cache": str(cache_dtype).removeprefix("torch."),
+        "block_d": block_dim(q.shape[3]),
+        "block_dv": block_dim(headdim_v),
+        "rows": 1 << (rows - 1).bit_length(),
+    }
+    measured = toolchain.measured(TUNED, q.device, exact, {"room": room})
+    return measured or rule(toolchain.arch(q.device), q.dtype, q.shape[3], headdim_v, rows)
 
 
 def precision(q: torch.Tensor) -> str:

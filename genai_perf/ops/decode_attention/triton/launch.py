@@ -69,9 +69,9 @@ def _attend(q, k_cache, v_cache, o: Options):
     streams, rows = batch * nheads_k, group * seqlen_q
     if streams * rows == 0:
         return out, lse
-    config = configs.choose(q, headdim_v, rows)
-    row_blocks = -(-rows // config["BLOCK_M"])
     room = capacity(k_cache, o)
+    config = configs.choose(q, k_cache.dtype, headdim_v, rows, room)
+    row_blocks = -(-rows // config["BLOCK_M"])
     splits = o.num_splits or configs.splits(q.device, streams * row_blocks, room, config)
     sums = q.new_empty(streams, splits, rows, headdim_v, dtype=torch.float32)
     top, total = q.new_empty(2, streams, splits, rows, dtype=torch.float32)

@@ -1,22 +1,27 @@
 """Running the kernel: its constants and its configuration."""
 
+from pathlib import Path
+
 import torch
 
 from ...._backends import triton as toolchain
 from ..options import KINDS, Options
 from .kernel import _distill_loss_kernel
 
+TUNED = Path(__file__).parent.parent / "tuned"
 # Not measured: enough bytes in flight for a memory-bound kernel, few enough registers to spill none
 # (the ahead-of-time gate checks it).
 MOST_BLOCK = 4096
 WARPS = 8
 
 
-def config(vocab: int, device: torch.device) -> dict[str, int]:
-    """Elements of a row at a time and warps."""
+def config(vocab: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """Elements of a row at a time and warps: measured on this device if there is a table."""
     if device.type != "cuda":
         return {"BLOCK": 64, "num_warps": 1}  # several blocks even for the interpreter's short rows
-    return {"BLOCK": min(MOST_BLOCK, 1 << (vocab - 1).bit_length()), "num_warps": WARPS}
+    exact = {"kernel": "rows", "dtype": str(dtype).removeprefix("torch.")}
+    measured = toolchain.measured(TUNED, device, exact, {"vocab": vocab})
+    return measured or {"BLOCK": min(MOST_BLOCK, 1 << (vocab - 1).bit_length()), "num_warps": WARPS}
 
 
 def rows(logits, teacher, ids, logprobs, labels, weights, need_grad, o: Options) -> torch.Tensor:
@@ -43,6 +48,6 @@ def rows(logits, teacher, ids, logprobs, labels, weights, need_grad, o: Options)
         KIND=KINDS.index(o.kind), TEACHER=1 if teacher is not None else topk if k else 0,
         HARD=hard, OWN_SUM=hard and o.temperature != 1, SOFTCAP=o.softcap > 0,
         TEACHER_SOFTCAP=o.teacher_softcap > 0, GRAD=need_grad,
-        BLOCK_K=1 << (k - 1).bit_length() if k else 1, **config(vocab, logits.device),
+        BLOCK_K=1 << (k - 1).bit_length() if k else 1, **config(vocab, logits.dtype, logits.device),
     )  # fmt: skip
     return loss
