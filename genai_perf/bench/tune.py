@@ -46,6 +46,11 @@ TUNABLE = {
         Kernel("dq", "forward+backward", _TILES),
     ),
     "decode_attention": (Kernel("split", "forward", _TILES | {"BLOCK_M": (16, 32, 64)}),),
+    "sparse_matmul": (Kernel("gemv", "forward", {
+        "BLOCK_N": (1, 2, 4, 8, 16), "UNITS": (16, 32, 64), "num_warps": (1, 2, 4, 8),
+        "num_stages": (1, 2)}),),
+    "optimizer_step": (Kernel("step", "step", {
+        "ROWS": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8, 16)}),),
     "distill_loss": (Kernel("rows", "forward+backward", {
         "BLOCK": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16), "num_stages": (1,)}),),
 }  # fmt: skip
@@ -91,7 +96,7 @@ def tune(op: str, *, cases: tuple[str, ...] = (), folder: Path | None = None,
 
     Args:
         op: one with Triton kernels.
-        cases: names; none: the bfloat16 ones.
+        cases: names; none: the bfloat16 ones, or where there are none the headline.
         folder: None: the op's own `tuned`, where its kernels look.
         progress: called with (stage, done, total, what).
 
@@ -108,7 +113,8 @@ def tune(op: str, *, cases: tuple[str, ...] = (), folder: Path | None = None,
     room, progress = suite(op), progress or (lambda stage, done, total, what: None)
     known = room.cases()
     names = [choose("case", name, list(known)) for name in cases] or [
-        name for name, case in known.items() if case.dtype == torch.bfloat16]  # fmt: skip
+        name for name, case in known.items() if case.dtype == torch.bfloat16] or list(
+            room.HEADLINE)  # fmt: skip
     timer, entries = CudaEventTimer(), []
     work = list(product(names, TUNABLE[op]))
     for i, (name, kernel) in enumerate(work):

@@ -1,6 +1,7 @@
 """Running the kernel: its tables, its configuration."""
 
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from ....formats.dynamic_map import kernel_tables
 from .. import coefficients
 from .kernel import _optimizer_step_kernel
 
+TUNED = Path(__file__).parent.parent / "tuned"
 # Not measured: bytes enough in flight for a memory-bound kernel, registers few enough to spill none
 # (the ahead-of-time gate checks it).
 ELEMENTS = 1024
@@ -17,8 +19,17 @@ WARPS = 4
 
 
 def config(block_size: int) -> dict[str, int]:
+    """Where nothing was measured."""
     return {"ROWS": max(1, ELEMENTS // block_size), "BLOCK": block_size,
             "num_warps": WARPS * max(1, block_size // ELEMENTS)}  # fmt: skip
+
+
+def choose(p: torch.Tensor, adamw: bool, quantized: bool, block_size: int) -> dict[str, int]:
+    """The launch keywords: measured on this device if there is a table, else `config`."""
+    exact = {"kernel": "step", "dtype": str(p.dtype).removeprefix("torch."), "adamw": adamw,
+             "quantized": quantized, "block": block_size}  # fmt: skip
+    found = toolchain.measured(TUNED, p.device, exact, {"elements": p.numel()})
+    return config(block_size) | (found or {})
 
 
 @cache
@@ -30,7 +41,7 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, ...]:
 def _launch(p, grad, first, second, first_scale, second_scale, found, block_size) -> None:
     if p.numel() == 0:
         return
-    shape = config(block_size)
+    shape = choose(p, second is not None, first_scale is not None, block_size)
     programs = ceil_div(p.numel(), shape["ROWS"] * block_size)
     toolchain.launch(
         _optimizer_step_kernel, programs, p.device, p, grad.contiguous(), first, second,
