@@ -95,6 +95,7 @@ def choose(what: str, wanted: str, known: list[str] | tuple[str, ...]) -> str:
     """
     if wanted in known:
         return wanted
-    near = get_close_matches(wanted, known, n=3, cutoff=0.4)
+    plain = {name.casefold(): name for name in known}
+    near = [plain[name] for name in get_close_matches(wanted.casefold(), plain, n=3, cutoff=0.4)]
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
     raise ValueError(f"bench: no {what} is named {wanted!r}{hint}")

@@ -130,7 +130,7 @@ def load(path: Path) -> dict:
             file.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = schema.parse(path.read_text(encoding="utf-8"))
         kind = report.get("kind") if isinstance(report, Mapping) else None
         if kind == "demo":
             schema.validate(report)
@@ -138,7 +138,7 @@ def load(path: Path) -> dict:
             validate(report)
         else:
             raise ValueError(f"kind must be 'bench' or 'demo', got {kind!r}")
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except ValueError as error:  # a UnicodeDecodeError too
         raise ValueError(f"{path}: {error}") from error
     return report
 

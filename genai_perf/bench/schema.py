@@ -123,6 +123,19 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def parse(text: str) -> object:
+    """The JSON in a text.
+
+    Raises:
+        ValueError: it is none, or ends too early.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"must be a whole JSON file, got one that is wrong or cut off at line "
+                         f"{error.lineno}: {error.msg}") from error  # fmt: skip
+
+
 def read(path: Path) -> dict:
     """A report from disk, validated.
 
@@ -131,8 +144,8 @@ def read(path: Path) -> dict:
             names the file.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = parse(path.read_text(encoding="utf-8"))
         validate(report)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except ValueError as error:  # a UnicodeDecodeError too
         raise ValueError(f"{path}: {error}") from error
     return report
