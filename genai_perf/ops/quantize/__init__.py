@@ -1,5 +1,5 @@
 """quantize and dequantize: dense tensors to QuantizedTensor and back."""
 
-from .api import dequantize, quantize
+from .api import dequantize, quantize, quantize_like
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["dequantize", "quantize", "quantize_like"]

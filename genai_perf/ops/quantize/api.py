@@ -3,7 +3,7 @@
 import torch
 
 from ... import formats
-from ..._checks import check_choice
+from ..._checks import check_choice, fail
 from ..._dispatch import Op
 from ...formats import QuantizedTensor, Spec
 from ...formats.base import FLOATS, check_input
@@ -79,6 +79,27 @@ def quantize(x: torch.Tensor, format: str, *, group_size: int | None = None,
     tensors = _QUANTIZE(x, format, *spec, backend=backend)
     names = chosen.layout(x.shape, spec)
     return chosen.assemble(dict(zip(names, tensors, strict=True)), x, spec)
+
+
+def quantize_like(x: torch.Tensor, qt: QuantizedTensor, *,
+                  backend: str | None = None) -> QuantizedTensor:  # fmt: skip
+    """`x` in the format and with the options of `qt`, its dtype kept.
+
+    Args:
+        x: of qt's shape; fp32, bf16 or fp16, finite.
+
+    Raises:
+        ValueError: another shape; as `quantize`.
+    """
+    if x.shape != qt.shape:
+        fail("quantize_like", "x", f"of shape {tuple(qt.shape)}", f"shape {tuple(x.shape)}")
+    check_input(x)
+    chosen, x = formats.get(qt.format), x.detach()
+    tensors = _QUANTIZE(x, qt.format, *qt.spec, backend=backend)
+    names = chosen.layout(x.shape, qt.spec)
+    made = chosen.assemble(dict(zip(names, tensors, strict=True)), x, qt.spec)
+    made.dtype = qt.dtype
+    return made
 
 
 def dequantize(qt: QuantizedTensor, dtype: torch.dtype | None = None, *,
