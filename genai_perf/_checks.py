@@ -46,3 +46,37 @@ def check_positive(op: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             fail(op, name, "positive", value)
+
+
+def check_window(op: str, window_size) -> tuple[int, int]:
+    """(left, right) with None made -1."""
+    if window_size == (None, None):
+        return -1, -1
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        fail(op, "window_size", "a pair (left, right)", repr(window_size))
+    for side in window_size:
+        if side is not None and (not isinstance(side, int) or side < 0):
+            fail(op, "window_size", "(left, right), each None or an int >= 0", repr(window_size))
+    left, right = (-1 if side is None else side for side in window_size)
+    return left, right
+
+
+def heads_fit(q, k, v, dtypes: Collection[torch.dtype]) -> bool:
+    """Whether q (batch, seqlen_q, nheads, headdim), k (rows, seqlen_k, nheads_k, headdim) and v
+    (rows, seqlen_k, nheads_k, headdim_v) belong together: 2 us where the checks that name what is
+    wrong take 7."""
+    tensor = torch.Tensor
+    if not (isinstance(q, tensor) and isinstance(k, tensor) and isinstance(v, tensor)):
+        return False
+    if not (q.dim() == k.dim() == v.dim() == 4 and q.dtype == k.dtype == v.dtype):
+        return False
+    (*_, heads, dim), (*rows_k, heads_k, dim_k), (*like_k, dim_v) = q.shape, k.shape, v.shape
+    return (
+        dim == dim_k
+        and like_k == [*rows_k, heads_k]
+        and dim > 0 < dim_v
+        and heads_k > 0
+        and heads % heads_k == 0
+        and q.dtype in dtypes
+        and q.device == k.device == v.device
+    )

@@ -1,22 +1,6 @@
-#include <pybind11/stl.h>
-
-#include <new>
-#include <vector>
-
-#include "bindings/bindings.h"
-#include "cpu/attention.h"
+#include "bindings/attention_args.h"
 
 namespace {
-
-using Ints = std::vector<int64_t>;
-
-template <class T>
-T* pointer_at(const Ints& n, size_t i) {
-  return as_pointer<T>(static_cast<std::uintptr_t>(n.at(i)));
-}
-
-// (address, batch stride, seqlen stride, head stride)
-gp::Tensor4 tensor4(const Ints& n) { return {pointer_at<void>(n, 0), n.at(1), n.at(2), n.at(3)}; }
 
 // The integers of AttentionShape in its order, addresses among them, then dtype and threads. `bias`:
 // kind, dtype, address, batch, head, row and column strides. `blocks`: address, strides as well, rows
@@ -46,10 +30,6 @@ gp::AttentionShape shape(const Ints& n, const Ints& bias, const Ints& blocks, co
     s.dropout = {static_cast<uint32_t>(dropout.at(0)), factors.at(2),
                  static_cast<uint64_t>(dropout.at(1)), static_cast<uint64_t>(dropout.at(2))};
   return s;
-}
-
-void require_memory(bool done) {
-  if (!done) throw std::bad_alloc();
 }
 
 }  // namespace

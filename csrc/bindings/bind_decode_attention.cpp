@@ -1,24 +1,9 @@
-#include <pybind11/stl.h>
-
-#include <new>
-#include <vector>
-
-#include "bindings/bindings.h"
+#include "bindings/attention_args.h"
 #include "cpu/decode_attention.h"
 
 namespace {
 
-using Ints = std::vector<int64_t>;
-
-template <class T>
-T* pointer_at(const Ints& n, size_t i) {
-  return as_pointer<T>(static_cast<std::uintptr_t>(n.at(i)));
-}
-
-// (address, batch stride, seqlen stride, head stride)
-gp::Tensor4 tensor4(const Ints& n) { return {pointer_at<void>(n, 0), n.at(1), n.at(2), n.at(3)}; }
-
-// k and v as above, then the other members of DecodeCache in its order.
+// k and v as Tensor4, then the other members of DecodeCache in its order.
 gp::DecodeCache cache(const Ints& k, const Ints& v, const Ints& n) {
   gp::DecodeCache c{};
   c.k = tensor4(k), c.v = tensor4(v);
@@ -29,10 +14,6 @@ gp::DecodeCache cache(const Ints& k, const Ints& v, const Ints& n) {
   c.batch_idx = pointer_at<const int32_t>(n, 6), c.block_table = pointer_at<const int32_t>(n, 7);
   c.table_stride = n.at(8), c.page_size = n.at(9);
   return c;
-}
-
-void require_memory(bool done) {
-  if (!done) throw std::bad_alloc();
 }
 
 }  // namespace

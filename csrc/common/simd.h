@@ -208,13 +208,11 @@ static inline void v_store_n(float* p, vf a, int n) { if (n > 0) *p = a.v; }
 
 #endif
 
-// exp(x), relative error below 2 ulp on [-87, 88]; 0 below, exp(-inf) = 0, inf above 88.4.
-// Cephes' reduction x = n ln2 + r and a degree-6 polynomial in r.
-static inline vf v_exp(vf x) {
-  const vf lo = v_set(-87.33654f), hi = v_set(88.37626f);
-  const vf c = v_min(v_max(x, lo), hi);
-  const vf n = v_round(v_mul(c, v_set(1.44269504088896341f)));
-  vf r = v_fma(n, v_set(-0.693359375f), c);
+// exp(x) for x in [-87.33, 88.37], relative error below 2 ulp: Cephes' reduction x = n ln2 + r and a
+// degree-6 polynomial in r.
+static inline vf v_exp_within(vf x) {
+  const vf n = v_round(v_mul(x, v_set(1.44269504088896341f)));
+  vf r = v_fma(n, v_set(-0.693359375f), x);
   r = v_fma(n, v_set(2.12194440e-4f), r);
   vf p = v_set(1.9875691500e-4f);
   p = v_fma(p, r, v_set(1.3981999507e-3f));
@@ -223,7 +221,13 @@ static inline vf v_exp(vf x) {
   p = v_fma(p, r, v_set(1.6666665459e-1f));
   p = v_fma(p, r, v_set(5.0000001201e-1f));
   p = v_add(v_fma(v_mul(r, r), p, r), v_set(1.0f));
-  const vf e = v_ldexp(p, n);
+  return v_ldexp(p, n);
+}
+
+// exp(x): 0 below -87.3, exp(-inf) = 0, inf above 88.4.
+static inline vf v_exp(vf x) {
+  const vf lo = v_set(-87.33654f), hi = v_set(88.37626f);
+  const vf e = v_exp_within(v_min(v_max(x, lo), hi));
 #if defined(__AVX512F__)
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, lo.v, _CMP_LT_OQ), e.v,
                                _mm512_setzero_ps())};
@@ -232,6 +236,17 @@ static inline vf v_exp(vf x) {
 #else
   return {x.v < lo.v ? 0.0f : e.v};
 #endif
+}
+
+// tanh(x) for |x| < 0.625, below 2 ulp: Cephes' polynomial.
+static inline vf v_tanh_small(vf x) {
+  const vf z = v_mul(x, x);
+  vf p = v_set(-5.70498872745e-3f);
+  p = v_fma(p, z, v_set(2.06390887954e-2f));
+  p = v_fma(p, z, v_set(-5.37397155531e-2f));
+  p = v_fma(p, z, v_set(1.33314422036e-1f));
+  p = v_fma(p, z, v_set(-3.33332819422e-1f));
+  return v_fma(v_mul(p, z), x, x);
 }
 
 // --- rows of any dtype ---------------------------------------------------------------------------

@@ -46,14 +46,8 @@ static inline vf v_exp2(vf x) {
 #endif
 }
 
-static inline vf v_tanh(vf x) {  // below 2 ulp; Cephes' polynomial for |x| < 0.625
-  const vf a = v_abs(x), z = v_mul(x, x);
-  vf p = v_set(-5.70498872745e-3f);
-  p = v_fma(p, z, v_set(2.06390887954e-2f));
-  p = v_fma(p, z, v_set(-5.37397155531e-2f));
-  p = v_fma(p, z, v_set(1.33314422036e-1f));
-  p = v_fma(p, z, v_set(-3.33332819422e-1f));
-  const vf small = v_fma(v_mul(p, z), x, x);
+static inline vf v_tanh(vf x) {  // below 2 ulp
+  const vf a = v_abs(x), small = v_tanh_small(x);
   const vf e = v_exp2(v_min(v_set(60.0f), v_mul(a, v_set(2 * LOG2E))));  // NaN passes
   const vf big = v_sub(v_set(1.0f), v_div(v_set(2.0f), v_add(e, v_set(1.0f))));
 #if defined(__AVX512F__)

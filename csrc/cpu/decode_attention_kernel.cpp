@@ -3,9 +3,13 @@
 // An item is a part of one sequence's keys for some of its key heads and all the queries of these
 // heads, so that the cache is read once. It goes through its keys block by block with an online
 // softmax and leaves unnormalised sums; the second pass merges the parts of each row in their order.
+//
+// Within a block the heads of a few keys follow each other, as they lie in memory, and rows are
+// fetched AHEAD_BYTES before their use. A row read once from the second-level cache costs nothing
+// beside the arithmetic; rows of one head, a power of two apart, would share a few cache sets.
 #include "common/parallel.h"
-#include "cpu/attention_math.h"
-#include "cpu/decode_attention_tile.h"
+#include "cpu/decode_attention_int8.h"
+#include "cpu/decode_attention_softmax.h"
 
 #ifndef GP_PREFETCH
 #define GP_PREFETCH(p) __builtin_prefetch((p), 0, 2)
@@ -15,237 +19,44 @@ namespace gp {
 namespace GP_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 64;      // keys between two updates of the running maximum
-constexpr int64_t PART = 512;      // keys of a part where the caller does not say how many parts
-constexpr int64_t VALUE_KEYS = 8;  // rows of values that stay in the L1 cache, whatever their stride
-constexpr int64_t MAX_ROWS = 64;   // rows (queries times heads of a group) of an item
-constexpr int RT_MAX = 4;
-constexpr int W = VL > RT_MAX ? VL : RT_MAX;  // scores that are handled together, keys of RT rows
-constexpr int NW = W / VL;
+constexpr int64_t UNIT = VL == 16 ? 16 : 24;  // keys: whole tiles, whatever their rows
 
-// The visible keys of a sequence, numbered from leftpad, and how they are cut.
-struct Span {
-  int64_t first_row, len_k, begin, end, part;  // part: keys in each part
-  Span(const DecodeArgs& a, int64_t b) {
-    const int64_t pad = a.cache.leftpad ? a.cache.leftpad[b] : 0;
-    first_row = pad;
-    len_k = max64(a.cache.seqlens[b] - pad, 0);
-    const int64_t offset = len_k - a.seqlen_q;
-    begin = a.window_left < 0 ? 0 : min64(max64(offset - a.window_left, 0), len_k);
-    end = a.window_right < 0 ? len_k
-                             : min64(max64(a.seqlen_q + offset + a.window_right, 0), len_k);
-    end = max64(begin, end);
-    part = a.num_splits > 0 ? (end - begin + a.num_splits - 1) / a.num_splits
-                            : PART * ((a.seqlen_q + 15) / 16);  // long queries: fewer results
-    part = max64(round_up(part, BLOCK), BLOCK);
-  }
-  int64_t parts() const { return (end - begin + part - 1) / part; }
+template <int N>
+struct Constant {
+  static constexpr int value = N;
 };
 
-struct Plan {
-  const DecodeArgs& a;
-  int64_t group, rows, rows_padded;  // rows: of one key head, query by query
-  int64_t heads_chunk, head_chunks, row_chunks;
-  int64_t ldq, ldv;
-  bool k_fits, v_fits;     // rows are read as they lie, else by way of floats
-  int64_t* parts_before;   // (batch + 1)
-  float *sums, *max, *sum;  // of every part: (part, head_k, row), unnormalised
-
-  Plan(const DecodeArgs& args, int64_t* counts) : a(args), parts_before(counts) {
-    group = a.heads / a.heads_k;
-    rows = group * a.seqlen_q;
-    rows_padded = round_up(min64(rows, MAX_ROWS), RT_MAX);
-    row_chunks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    ldq = round_up(a.dim, STEP), ldv = round_up(a.dim_v, STEP);
-    k_fits = a.dim == ldq, v_fits = a.dim_v == ldv;
-    parts_before[0] = 0;
-    for (int64_t b = 0; b < a.batch; ++b) parts_before[b + 1] = parts_before[b] + Span(a, b).parts();
-    heads_chunk = a.heads_k;
-    while (heads_chunk > 1 && parts() * row_chunks * chunks(heads_chunk) < 4 * a.threads)
-      heads_chunk = (heads_chunk + 1) / 2;
-    head_chunks = chunks(heads_chunk);
-  }
-  int64_t chunks(int64_t heads) const { return (a.heads_k + heads - 1) / heads; }
-  int64_t parts() const { return parts_before[a.batch]; }
-  int64_t row_of(int64_t part, int64_t head_k) const { return (part * a.heads_k + head_k) * rows; }
-};
-
-// Where the rows of keys first .. first + n - 1 begin (head 0); TILE more repeat the last.
-void locate(const DecodeCache& c, int64_t b, int64_t first, int64_t n, int bytes,
-            const char** keys, const char** values) {
-  const int32_t* table = c.block_table ? c.block_table + b * c.table_stride : nullptr;
-  int64_t page = c.batch_idx ? c.batch_idx[b] : b, slot = first;
-  if (table) slot = first % c.page_size, table += first / c.page_size, page = *table;
-  for (int64_t j = 0; j < n; ++j, ++slot) {
-    if (table && slot == c.page_size) slot = 0, page = *++table;
-    keys[j] = static_cast<const char*>(c.k.data) + (page * c.k.batch + slot * c.k.seq) * bytes;
-    values[j] = static_cast<const char*>(c.v.data) + (page * c.v.batch + slot * c.v.seq) * bytes;
-  }
-  for (int64_t j = n; j < n + TILE; ++j) keys[j] = keys[n - 1], values[j] = values[n - 1];
+static inline void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) GP_PREFETCH(row + i);
 }
 
-// What one thread works in.
-struct Bench {
-  float *q, *sums, *max, *sum, *scores, *keys, *values;
-  static constexpr int64_t SCORES = (BLOCK + TILE) * RT_MAX + W;
-  Bench(const Plan& p, float* memory) {
-    const int64_t n = p.heads_chunk * p.rows_padded;
-    q = memory;
-    sums = q + n * p.ldq;
-    keys = sums + n * p.ldv;
-    values = keys + (p.k_fits ? 0 : BLOCK * p.ldq);
-    scores = values + (p.v_fits ? 0 : BLOCK * p.ldv);
-    max = scores + round_up(SCORES, 16);
-    sum = max + n;
-  }
-  static int64_t size(const Plan& p) {
-    const int64_t n = p.heads_chunk * p.rows_padded;
-    return n * (p.ldq + p.ldv + 2) + (p.k_fits ? 0 : BLOCK * p.ldq) +
-           (p.v_fits ? 0 : BLOCK * p.ldv) + round_up(SCORES, 16) + 32;
-  }
-};
-
-// Vectors whose lanes repeat the RT values of a tile's rows.
-struct Pattern {
-  vf v[NW];
-  template <int RT>
-  static Pattern of(const float* row) {
-    alignas(64) float lanes[W];
-    for (int i = 0; i < W; ++i) lanes[i] = row[i % RT];
-    Pattern p;
-    for (int i = 0; i < NW; ++i) p.v[i] = v_load(lanes + i * VL);
-    return p;
-  }
-};
-
-// RT rows of one key head: which query each is, and what it sees of a block.
-struct Rows {
-  int64_t query[RT_MAX];
-  float slope[RT_MAX];
-};
-
-// What happens to the scores of n keys from k0 on, [key][row], before the softmax: softcap, ALiBi,
-// -inf where the query does not see the key and for the keys that pad the last tile.
-template <int RT>
-void apply_rules(const DecodeArgs& a, const Span& span, const Rows& rows, int64_t k0, int64_t n,
-                 int64_t padded, float* scores) {
-  const int64_t offset = span.len_k - a.seqlen_q;
-  if (a.softcap != 0.0f) {
-    const vf inverse = v_set(1.0f / a.softcap), cap = v_set(a.softcap);
-    for (int64_t j = 0; j < padded * RT; j += VL)
-      v_store(scores + j, v_mul(v_tanh(v_mul(v_load(scores + j), inverse)), cap));
-  }
-  if (a.alibi_slopes) {
-    float at[RT], unused[RT];
-    for (int r = 0; r < RT; ++r) at[r] = float(rows.query[r] + offset - k0), unused[r] = -rows.slope[r];
-    const Pattern position = Pattern::of<RT>(at), slope = Pattern::of<RT>(unused);
-    alignas(64) float key[W];
-    for (int i = 0; i < W; ++i) key[i] = float(i / RT);
-    for (int64_t j = 0; j < padded * RT; j += W)
-      for (int i = 0; i < NW; ++i) {
-        const vf index = v_add(v_load(key + i * VL), v_set(float(j / RT)));
-        float* x = scores + j + i * VL;
-        v_store(x, v_fma(slope.v[i], v_abs(v_sub(position.v[i], index)), v_load(x)));
-      }
-  }
-  for (int r = 0; r < RT; ++r) {
-    const int64_t at = rows.query[r] + offset - k0;
-    const int64_t lo = a.window_left < 0 ? 0 : at - a.window_left;
-    const int64_t hi = a.window_right < 0 ? n : min64(n, at + a.window_right + 1);
-    for (int64_t k = 0; k < min64(lo, padded); ++k) scores[k * RT + r] = -INFINITY;
-    for (int64_t k = max64(hi, 0); k < padded; ++k) scores[k * RT + r] = -INFINITY;
-  }
-}
-
-// Scores [key][row] become probabilities against the new maximum of each row; what was gathered
-// before is rescaled.
-template <int RT>
-void softmax_step(int64_t padded, float* scores, float* max, float* sum, float* sums, int64_t ldv) {
-  const int64_t n = padded * RT;
-  vf top[NW], total[NW];
-  for (int i = 0; i < NW; ++i) top[i] = v_set(-INFINITY), total[i] = v_zero();
-  for (int64_t j = 0; j < n; j += W)
-    for (int i = 0; i < NW; ++i) top[i] = v_max(top[i], v_load(scores + j + i * VL));
-  alignas(64) float lanes[W];
-  float base[RT];
-  for (int i = 0; i < NW; ++i) v_store(lanes + i * VL, top[i]);
-  for (int r = 0; r < RT; ++r) {
-    float m = max[r];
-    for (int i = r; i < W; i += RT) m = lanes[i] > m ? lanes[i] : m;
-    base[r] = m == -INFINITY ? 0.0f : m;
-    if (m == max[r]) continue;
-    const float rescale = __builtin_expf(max[r] - base[r]);
-    max[r] = m;
-    sum[r] *= rescale;
-    const vf factor = v_set(rescale);
-    float* x = sums + r * ldv;
-    for (int64_t c = 0; c < ldv; c += VL) v_store(x + c, v_mul(v_load(x + c), factor));
-  }
-  const Pattern shift = Pattern::of<RT>(base);
-  const vf log2e = v_set(LOG2E);
-  for (int64_t j = 0; j < n; j += W)
-    for (int i = 0; i < NW; ++i) {
-      float* x = scores + j + i * VL;
-      const vf p = v_exp2(v_mul(v_sub(v_load(x), shift.v[i]), log2e));
-      v_store(x, p);
-      total[i] = v_add(total[i], p);
-    }
-  for (int i = 0; i < NW; ++i) v_store(lanes + i * VL, total[i]);
-  for (int r = 0; r < RT; ++r) {
-    float s = 0.0f;
-    for (int i = r; i < W; i += RT) s += lanes[i];
-    sum[r] += s;
-  }
-}
-
-// The rows of a block of keys or values of one head: `rows` + `at`, n of them, of so many bytes.
-struct Block {
-  const char* const* rows;
-  int64_t at, n, bytes;
-  void prefetch(int64_t first, int64_t count) const {
-    const int64_t last = min64(first + count, n);
-    for (int64_t k = first; k < last; ++k)
-      for (int64_t i = 0; i < bytes; i += 64) GP_PREFETCH(rows[k] + at + i);
-  }
-};
-
-// One block of keys for RT rows of one key head. K and V are the element types that are read.
-template <DType K, DType V, int RT>
-void tile(const DecodeArgs& a, const Plan& p, const Span& span, const Rows& rows, int64_t k0,
-          int64_t n, const char* const* keys, int64_t key_at, const char* const* values,
-          int64_t value_at, const Block& next_keys, const Block& next_values, const float* q,
-          float* max, float* sum, float* sums, float* scores) {
-  constexpr int KT = TILE / RT;
-  for (int64_t k = 0; k < n; k += KT) {
-    next_keys.prefetch(k, KT);
-    score_tile<K, RT>(keys + k, key_at, q, p.ldq, p.ldq, scores + k * RT);
-  }
-  const int64_t padded = round_up(n, W / RT > KT ? W / RT : KT);
-  apply_rules<RT>(a, span, rows, k0, n, padded, scores);
-  softmax_step<RT>(padded, scores, max, sum, sums, p.ldv);
-  for (int64_t k = 0; k < n; k += VALUE_KEYS) {
-    next_values.prefetch(k, VALUE_KEYS);
-    value_tile<V, RT>(values + k, value_at, min64(VALUE_KEYS, n - k), scores + k * RT, sums, p.ldv,
-                      p.ldv);
-  }
-}
-
-template <DType T, bool K_FITS, bool V_FITS>
+// INTEGER: queries and weights are int16 (decode_attention_int8.h).
+template <DType T, bool K_FITS, bool V_FITS, bool INTEGER>
 struct Item {
   static constexpr DType K = K_FITS ? T : DType::f32, V = V_FITS ? T : DType::f32;
   static constexpr int bytes = Element<T>::bytes;
   const Plan& p;
   const DecodeArgs& a;
   const Bench& w;
-  int64_t b, head0, heads, row0, rows;
+  int64_t b, head0, heads, row0, rows, lanes_of_head, ahead;
   Span span;
-  // This block of keys and the next.
-  const char *keys[2][BLOCK + TILE], *values[2][BLOCK + TILE];
+  Lane lane[MAX_LANES];
+  // This block of keys and those that are fetched meanwhile.
+  const char *keys[BLOCK + MAX_AHEAD], *values[BLOCK + MAX_AHEAD];
 
   Item(const Plan& plan, const Bench& bench, int64_t batch, int64_t first_head, int64_t first_row)
       : p(plan), a(plan.a), w(bench), b(batch), head0(first_head),
         heads(min64(plan.heads_chunk, plan.a.heads_k - first_head)), row0(first_row),
-        rows(min64(MAX_ROWS, plan.rows - first_row)), span(plan.a, batch) {}
+        rows(min64(MAX_ROWS, plan.rows - first_row)), lanes_of_head(plan.lanes_of_head()),
+        span(plan.a, batch) {
+    const int64_t of_key = heads * max64(a.dim, a.dim_v) * bytes;
+    ahead = min64(max64(AHEAD_BYTES / of_key, TILE), MAX_AHEAD);
+    for (int64_t l = 0; l < heads * lanes_of_head; ++l) {
+      const int64_t row = row0 + min64(l % lanes_of_head, rows - 1);
+      const int64_t head = (head0 + l / lanes_of_head) * p.group + row % p.group;
+      lane[l] = {row / p.group, a.alibi_slopes ? a.alibi_slopes[b * a.alibi_batch + head] : 0.0f};
+    }
+  }
 
   float scale_of(const float* scales, int64_t head_k) const {
     return scales ? scales[b * a.cache.scale_batch + head_k] : 1.0f;
@@ -253,92 +64,133 @@ struct Item {
 
   // Queries times their scales, in the order of lanes of the keys; zeros as padding.
   void load_queries(int64_t h) const {
-    const float factor = a.scale * scale_of(a.cache.k_scale, head0 + h);
-    float line[1];
-    (void)line;
-    for (int64_t r = 0; r < p.rows_padded; ++r) {
-      float* q = w.q + (h * p.rows_padded + r) * p.ldq;
+    const float factor = a.scale * scale_of(a.cache.k_scale, head0 + h) * Element<K>::unit;
+    float* line = w.line;
+    for (int64_t r = 0; r < lanes_of_head; ++r) {
+      const int64_t l = h * lanes_of_head + r;
+      float* q = w.q + l * p.ldq;
       for (int64_t d = 0; d < p.ldq; ++d) q[d] = 0.0f;
+      w.scale[l] = 0.0f;
       if (r >= rows) continue;
       const int64_t i = (row0 + r) / p.group, g = (row0 + r) % p.group;
       const int64_t from = b * a.q.batch + i * a.q.seq + ((head0 + h) * p.group + g) * a.q.head;
-      for (int64_t d = 0; d < a.dim; ++d)
-        q[Element<K>::lane(d)] = load_one(a.q.data, from + d, a.dtype) * factor;
+      load_row(line, offset(static_cast<const void*>(a.q.data), from, a.dtype), a.dim, a.dtype);
+      for (int64_t d = 0; d < a.dim; ++d) line[d] *= factor;
+#if defined(__AVX2__)
+      if (INTEGER) {
+        w.scale[l] = quantize_query(line, a.dim, reinterpret_cast<int16_t*>(q));
+        continue;
+      }
+#endif
+      for (int64_t d = 0; d < a.dim; ++d) q[Element<K>::lane(d)] = line[d];
     }
+  }
+
+  // f(rows of a tile, key, offset of the head, lane) for all tiles: the heads of a few keys follow
+  // each other. `of` says how many keys a tile has.
+  template <class Of, class F>
+  void each_tile(int64_t n, const char* const* from, int64_t at, int64_t head_stride, int64_t fetch,
+                 Of of, F f) const {
+    const int64_t step = lanes_of_head % 4 == 0 ? of(Constant<4>())
+                         : lanes_of_head == 2   ? of(Constant<2>())
+                         : lanes_of_head == 1   ? of(Constant<1>())
+                                                : UNIT;
+    for (int64_t k = 0; k < n; k += step)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t here = at + h * head_stride;
+        for (int64_t j = 0; fetch > 0 && j < step; ++j)
+          prefetch_row(from[k + j + ahead] + here, fetch);
+        const auto tiles = [&](auto rt, int64_t lane) {
+          for (int64_t j = 0; j < step; j += of(rt)) f(rt, k + j, here, lane);
+        };
+        int64_t l = h * lanes_of_head;
+        const int64_t end = l + lanes_of_head;
+        for (; end - l >= 4; l += 4) tiles(Constant<4>(), l);
+        if (end - l >= 2) tiles(Constant<2>(), l), l += 2;
+        if (end > l) tiles(Constant<1>(), l);
+      }
   }
 
   template <int RT>
-  void run_tile(int64_t h, int64_t r, int64_t k0, int64_t n, const char* const* k, int64_t key_at,
-                const char* const* v, int64_t value_at, const Block& next_k,
-                const Block& next_v) const {
-    Rows which;
-    for (int i = 0; i < RT; ++i) {
-      const int64_t row = min64(row0 + r + i, p.rows - 1);
-      which.query[i] = row / p.group;
-      const int64_t head = (head0 + h) * p.group + row % p.group;
-      which.slope[i] = a.alibi_slopes ? a.alibi_slopes[b * a.alibi_batch + head] : 0.0f;
+  void scores(const char* const* k, int64_t at, int64_t l, float* out) const {
+#if defined(__AVX2__)
+    if constexpr (INTEGER) {
+      const int16_t* q = reinterpret_cast<const int16_t*>(w.q + l * p.ldq);
+      return score_tile_int8<RT>(k, at, q, 2 * p.ldq, p.ldq, out + l, p.ld);
     }
-    const int64_t at = h * p.rows_padded + r;
-    tile<K, V, RT>(a, p, span, which, k0, n, k, key_at, v, value_at, next_k, next_v,
-                   w.q + at * p.ldq, w.max + at, w.sum + at, w.sums + at * p.ldv, w.scores);
+#endif
+    score_tile<K, RT>(k, at, w.q + l * p.ldq, p.ldq, p.ldq, out + l, p.ld);
   }
 
-  // `flip` says which half of keys and values holds this block; next_n keys are in the other half.
-  void run_head(int64_t h, int64_t k0, int64_t n, int flip, int64_t next_n) const {
-    const char *unpacked_k[BLOCK + TILE], *unpacked_v[BLOCK + TILE];
-    const char *const *k = keys[flip], *const *v = values[flip];
-    // Fetched meanwhile: the block of the next head, or the next block of the first.
-    const bool same = h + 1 < heads;
-    const int64_t next_head = same ? head0 + h + 1 : head0;
-    const int from = same ? flip : 1 - flip;
-    const int64_t count = same ? n : next_n;
-    const Block next_k{keys[from], next_head * a.cache.k.head * bytes, count, a.dim * bytes};
-    const Block next_v{values[from], next_head * a.cache.v.head * bytes, count, a.dim_v * bytes};
-    const Block none{nullptr, 0, 0, 0};
-    int64_t key_at = (head0 + h) * a.cache.k.head * bytes;
-    int64_t value_at = (head0 + h) * a.cache.v.head * bytes;
-    if (!K_FITS) k = unpack(unpacked_k, w.keys, p.ldq, a.dim, k, n, key_at), key_at = 0;
-    if (!V_FITS) v = unpack(unpacked_v, w.values, p.ldv, a.dim_v, v, n, value_at), value_at = 0;
-    for (int64_t r = 0; r < rows;) {
-      const int64_t left = rows - r;
-      const Block &nk = r == 0 ? next_k : none, &nv = r == 0 ? next_v : none;
-      if (left >= 3) run_tile<4>(h, r, k0, n, k, key_at, v, value_at, nk, nv), r += 4;
-      else if (left == 2) run_tile<2>(h, r, k0, n, k, key_at, v, value_at, nk, nv), r += 2;
-      else run_tile<1>(h, r, k0, n, k, key_at, v, value_at, nk, nv), r += 1;
-    }
+  template <int RT>
+  void add_values(const char* const* v, int64_t at, int64_t l, const float* weights) const {
+    float* sums = w.sums + l * p.ldv;
+#if defined(__AVX2__)
+    if constexpr (INTEGER)
+      return value_tile_int8<RT>(v, at, weights + l, p.ld, w.unit + l, sums, p.ldv, p.ldv);
+#endif
+    value_tile<V, RT>(v, at, weights + l, p.ld, sums, p.ldv, p.ldv);
   }
 
-  const char* const* unpack(const char** to, float* memory, int64_t ld, int64_t dim,
-                            const char* const* from, int64_t n, int64_t at) const {
-    for (int64_t j = 0; j < n + TILE; ++j) {
-      float* row = memory + min64(j, n - 1) * ld;
-      to[j] = reinterpret_cast<const char*>(row);
-      if (j >= n) continue;
-      unpack_row<T>(row, from[j] + at, dim);
-      for (int64_t d = dim; d < ld; ++d) row[d] = 0.0f;
+  // `heads` rows of every key to floats; the pointers of `from` then lead to these.
+  int64_t unpack(float* memory, int64_t ld, int64_t dim, int64_t head_stride, const char** from,
+                 int64_t n) const {
+    for (int64_t j = 0; j < BLOCK; ++j) {
+      float* row = memory + min64(j, n - 1) * heads * ld;
+      for (int64_t h = 0; j < n && h < heads; ++h) {
+        unpack_row<T>(row + h * ld, from[j] + (head0 + h) * head_stride * bytes, dim);
+        for (int64_t d = dim; d < ld; ++d) row[h * ld + d] = 0.0f;
+      }
+      from[j] = reinterpret_cast<const char*>(row);
     }
-    return to;
+    return ld * 4;
+  }
+
+  void run_block(int64_t k0, int64_t n) {
+    const int64_t padded = round_up(n, UNIT);
+    int64_t k_head = a.cache.k.head * bytes, v_head = a.cache.v.head * bytes;
+    int64_t k_at = head0 * k_head, v_at = head0 * v_head;
+    if (!K_FITS) k_head = unpack(w.keys, p.ldq, a.dim, a.cache.k.head, keys, n), k_at = 0;
+    if (!V_FITS) v_head = unpack(w.values, p.ldv, a.dim_v, a.cache.v.head, values, n), v_at = 0;
+    each_tile(
+        n, keys, k_at, k_head, K_FITS ? a.dim * bytes : 0,
+        [](auto rt) { return INTEGER ? TILE / rt.value : KEYS<K, rt.value>; },
+        [&](auto rt, int64_t k, int64_t at, int64_t l) {
+          scores<rt.value>(keys + k, at, l, w.scores + k * p.ld);
+        });
+    if (INTEGER)
+      for (int64_t k = 0; k < n; ++k)
+        for (int64_t l = 0; l < p.ld; l += VL) {
+          float* x = w.scores + k * p.ld + l;
+          v_store(x, v_mul(v_load(x), v_load(w.scale + l)));
+        }
+    apply_rules(a, span, lane, heads * lanes_of_head, p.ld, k0, n, padded, w.scores);
+    softmax_step(padded, heads * lanes_of_head, p.ld, w.scores, w.max, w.sum, w.unit, w.sums, p.ldv);
+#if defined(__AVX2__)
+    if (INTEGER) quantize_weights(w.scores, padded, p.ld, w.unit, w.unit);
+#endif
+    each_tile(
+        n, values, v_at, v_head, V_FITS ? a.dim_v * bytes : 0,
+        [](auto rt) { return INTEGER ? 2 * PAIRS<rt.value> : TILE / rt.value; },
+        [&](auto rt, int64_t k, int64_t at, int64_t l) {
+          add_values<rt.value>(values + k, at, l, w.scores + k * p.ld);
+        });
   }
 
   void run(int64_t part) {
     const int64_t begin = span.begin + part * span.part, end = min64(span.end, begin + span.part);
     for (int64_t h = 0; h < heads; ++h) load_queries(h);
-    const int64_t n = heads * p.rows_padded;
-    for (int64_t i = 0; i < n; ++i) w.max[i] = -INFINITY, w.sum[i] = 0.0f;
-    for (int64_t i = 0; i < n * p.ldv; ++i) w.sums[i] = 0.0f;
-    int flip = 0;
-    int64_t here = min64(BLOCK, end - begin), next = 0;
-    locate(a.cache, b, span.first_row + begin, here, bytes, keys[0], values[0]);
-    for (int64_t k0 = begin; k0 < end; k0 += BLOCK, here = next, flip = 1 - flip) {
-      next = max64(min64(BLOCK, end - k0 - BLOCK), 0);
-      if (next > 0)
-        locate(a.cache, b, span.first_row + k0 + BLOCK, next, bytes, keys[1 - flip],
-               values[1 - flip]);
-      for (int64_t h = 0; h < heads; ++h) run_head(h, k0, here, flip, next);
+    for (int64_t l = 0; l < p.ld; ++l) w.max[l] = -INFINITY, w.sum[l] = 0.0f;
+    for (int64_t i = 0; i < p.lanes * p.ldv; ++i) w.sums[i] = 0.0f;
+    for (int64_t i = 0; i < BLOCK * p.ld; ++i) w.scores[i] = 0.0f;
+    for (int64_t k0 = begin; k0 < end; k0 += BLOCK) {
+      locate(a.cache, b, span.first_row + k0, min64(BLOCK + ahead, end - k0), BLOCK + ahead, bytes,
+             keys, values);
+      run_block(k0, min64(BLOCK, end - k0));
     }
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t from = h * p.rows_padded + r;
+        const int64_t from = h * lanes_of_head + r;
         const int64_t to = p.row_of(p.parts_before[b] + part, head0 + h) + row0 + r;
         p.max[to] = w.max[from], p.sum[to] = w.sum[from];
         std::memcpy(p.sums + to * p.ldv, w.sums + from * p.ldv, size_t(p.ldv) * 4);
@@ -369,7 +221,8 @@ struct Item {
     }
     const float v_scale =
         a.cache.v_scale ? a.cache.v_scale[b * a.cache.scale_batch + head_k] : 1.0f;
-    const float factor = sum == 0.0f ? 0.0f : v_scale / sum;
+    constexpr float unit = INTEGER ? 1.0f : Element<V>::unit;
+    const float factor = sum == 0.0f ? 0.0f : v_scale * unit / sum;
     float* natural = line + p.ldv;
     for (int64_t c = 0; c < a.dim_v; ++c) natural[c] = line[Element<V>::lane(c)] * factor;
     store_row(offset(a.out.data, b * a.out.batch + i * a.out.seq + h * a.out.head, a.dtype), natural,
@@ -389,7 +242,7 @@ int64_t find_sequence(const Plan& p, int64_t part) {
   return b;
 }
 
-template <DType T, bool K_FITS, bool V_FITS>
+template <DType T, bool K_FITS, bool V_FITS, bool INTEGER>
 bool run(Plan& p) {
   const DecodeArgs& a = p.a;
   const int64_t all_rows = p.parts() * a.heads_k * p.rows;
@@ -399,7 +252,7 @@ bool run(Plan& p) {
   p.sums = partial.as<float>();
   p.max = p.sums + all_rows * p.ldv;
   p.sum = p.max + all_rows;
-  using Part = Item<T, K_FITS, V_FITS>;
+  using Part = Item<T, K_FITS, V_FITS, INTEGER>;
   // The key heads of a part follow each other: what the caches fetched beyond one serves the next.
   parallel_for(p.parts() * p.row_chunks * p.head_chunks, a.threads, [&](int64_t item, int thread) {
     const Bench bench(p, memory.as<float>() + thread * thread_size);
@@ -417,8 +270,10 @@ bool run(Plan& p) {
 
 template <DType T>
 bool run_type(Plan& p) {
-  if (p.k_fits) return p.v_fits ? run<T, true, true>(p) : run<T, true, false>(p);
-  return p.v_fits ? run<T, false, true>(p) : run<T, false, false>(p);
+  if (T == DType::i8 && VL > 1 && p.a.dtype == DType::bf16 && p.k_fits && p.v_fits)
+    return run<T, true, true, T == DType::i8>(p);
+  if (p.k_fits) return p.v_fits ? run<T, true, true, false>(p) : run<T, true, false, false>(p);
+  return p.v_fits ? run<T, false, true, false>(p) : run<T, false, false, false>(p);
 }
 
 }  // namespace

@@ -7,12 +7,22 @@
 #include "common/simd.h"
 #include "cpu/decode_attention.h"
 
+// Keeps a vector that several multiply-adds need in a register: GCC reads it again for each.
+#if defined(__AVX2__)
+#define GP_IN_REGISTER(x) asm("" : "+v"((x).v))
+#else
+#define GP_IN_REGISTER(x) (void)0
+#endif
+
 namespace gp {
 namespace GP_ISA {
 
 constexpr int STEP = 2 * VL;
-// Registers for accumulators: a tile of RT rows and 8 / RT keys, or 8 / RT vectors of columns.
-constexpr int TILE = 8;
+// Vectors that a tile keeps in registers: sums of rows times keys, or weights of rows times keys.
+constexpr int TILE = VL == 16 ? 16 : 8;
+// Keys of a tile of RT rows. Floats need no conversion, which leaves registers for a third key.
+template <DType T, int RT>
+constexpr int KEYS = T == DType::f32 && VL == 8 && RT == 4 ? 3 : TILE / RT;
 
 static inline float e4m3_to_float(uint8_t b) {
   const uint32_t magnitude = b & 0x7fu, sign = uint32_t(b & 0x80u) << 24;
@@ -21,101 +31,97 @@ static inline float e4m3_to_float(uint8_t b) {
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 20) * 0x1p120f));
 }
 
+// half<H>(p): the first (H = 0) or second vector of the STEP elements at p, divided by `unit`.
 template <DType T>
 struct Element;
 
-template <>
-struct Element<DType::f32> {
-  static constexpr int bytes = 4;
-  static inline void load(const char* p, vf& a, vf& b) {
-    const float* f = reinterpret_cast<const float*>(p);
-    a = v_load(f), b = v_load(f + VL);
-  }
+struct NaturalOrder {
+  static constexpr float unit = 1.0f;
   static int64_t lane(int64_t i) { return i; }
+};
+
+template <>
+struct Element<DType::f32> : NaturalOrder {
+  static constexpr int bytes = 4;
+  template <int H>
+  static inline vf half(const char* p) { return v_load(reinterpret_cast<const float*>(p) + H * VL); }
 };
 
 template <>
 struct Element<DType::bf16> {
   static constexpr int bytes = 2;
+  static constexpr float unit = 1.0f;
   // Even elements, then odd ones: a shift and a mask, and no shuffle.
-  static inline void load(const char* p, vf& a, vf& b) {
+  template <int H>
+  static inline vf half(const char* p) {
 #if defined(__AVX512F__)
     const __m512i w = _mm512_loadu_si512(p);
-    a.v = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-    b.v = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000u))));
+    return {_mm512_castsi512_ps(H ? _mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000u)))
+                                  : _mm512_slli_epi32(w, 16))};
 #elif defined(__AVX2__)
     const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    a.v = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
-    b.v = _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000u))));
+    return {_mm256_castsi256_ps(H ? _mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000u)))
+                                  : _mm256_slli_epi32(w, 16))};
 #else
-    const uint16_t* h = reinterpret_cast<const uint16_t*>(p);
-    a = v_load_bf16(h), b = v_load_bf16(h + 1);
+    return v_load_bf16(reinterpret_cast<const uint16_t*>(p) + H);
 #endif
   }
   static int64_t lane(int64_t i) { return i / STEP * STEP + i % 2 * VL + i % STEP / 2; }
 };
 
 template <>
-struct Element<DType::f16> {
+struct Element<DType::f16> : NaturalOrder {
   static constexpr int bytes = 2;
-  static inline void load(const char* p, vf& a, vf& b) {
-    const uint16_t* h = reinterpret_cast<const uint16_t*>(p);
-    a = v_load_f16(h), b = v_load_f16(h + VL);
+  template <int H>
+  static inline vf half(const char* p) {
+    return v_load_f16(reinterpret_cast<const uint16_t*>(p) + H * VL);
   }
-  static int64_t lane(int64_t i) { return i; }
 };
 
 template <>
-struct Element<DType::i8> {
+struct Element<DType::i8> : NaturalOrder {
   static constexpr int bytes = 1;
-  static inline void load(const char* p, vf& a, vf& b) {
+  template <int H>
+  static inline vf half(const char* p) {
 #if defined(__AVX512F__)
-    const __m128i* m = reinterpret_cast<const __m128i*>(p);
-    a.v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(m)));
-    b.v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(m + 1)));
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + H);
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b))};
 #elif defined(__AVX2__)
-    const __m128i lo = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    const __m128i hi = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8));
-    a.v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(lo));
-    b.v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(hi));
+    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + H * VL));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b))};
 #else
-    a.v = float(int8_t(p[0])), b.v = float(int8_t(p[1]));
+    return {float(int8_t(p[H]))};
 #endif
   }
-  static int64_t lane(int64_t i) { return i; }
 };
 
 template <>
 struct Element<DType::f8e4m3fn> {
   static constexpr int bytes = 1;
-  // Through fp16, whose exponent is one bit longer: 2^8 makes up for the bias, subnormals included;
+  // Read as fp16, whose exponent is one bit longer and whose bias is 15, not 7; subnormals too.
+  static constexpr float unit = VL > 1 ? 256.0f : 1.0f;
+  static int64_t lane(int64_t i) { return i; }
   // 0x7f, which is NaN, gets all exponent bits.
-  static inline void load(const char* p, vf& a, vf& b) {
+  template <int H>
+  static inline vf half(const char* p) {
 #if defined(__AVX512F__)
-    const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512i low = _mm512_and_si512(w, _mm512_set1_epi16(0x7f));
-    __m512i h = _mm512_or_si512(_mm512_slli_epi16(low, 7),
-                                _mm512_and_si512(w, _mm512_set1_epi16(int16_t(0x8000))));
-    const __mmask32 nan = _mm512_cmpeq_epi16_mask(low, _mm512_set1_epi16(0x7f));
-    h = _mm512_mask_blend_epi16(nan, h, _mm512_set1_epi16(0x7e00));
-    const __m512 bias = _mm512_set1_ps(256.0f);
-    a.v = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(h)), bias);
-    b.v = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1)), bias);
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + H);
+    const __m256i h = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(b), 7),
+                                       _mm256_set1_epi16(int16_t(0xbf80)));
+    const __mmask16 nan = _mm256_cmpeq_epi16_mask(
+        _mm256_and_si256(h, _mm256_set1_epi16(0x3f80)), _mm256_set1_epi16(0x3f80));
+    return {_mm512_cvtph_ps(_mm256_mask_blend_epi16(nan, h, _mm256_set1_epi16(0x7e00)))};
 #elif defined(__AVX2__)
-    const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m256i low = _mm256_and_si256(w, _mm256_set1_epi16(0x7f));
-    __m256i h = _mm256_or_si256(_mm256_slli_epi16(low, 7),
-                                _mm256_and_si256(w, _mm256_set1_epi16(int16_t(0x8000))));
-    const __m256i nan = _mm256_cmpeq_epi16(low, _mm256_set1_epi16(0x7f));
-    h = _mm256_or_si256(h, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
-    const __m256 bias = _mm256_set1_ps(256.0f);
-    a.v = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), bias);
-    b.v = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), bias);
+    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + H * VL));
+    const __m128i h = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(b), 7),
+                                    _mm_set1_epi16(int16_t(0xbf80)));
+    const __m128i all = _mm_set1_epi16(0x3f80);
+    const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(h, all), all);
+    return {_mm256_cvtph_ps(_mm_or_si128(h, _mm_and_si128(nan, _mm_set1_epi16(0x7e00))))};
 #else
-    a.v = e4m3_to_float(uint8_t(p[0])), b.v = e4m3_to_float(uint8_t(p[1]));
+    return {e4m3_to_float(uint8_t(p[H]))};
 #endif
   }
-  static int64_t lane(int64_t i) { return i; }
 };
 
 // Any `n` elements to floats in their natural order, for rows that STEP does not divide.
@@ -126,127 +132,126 @@ static inline void unpack_row(float* out, const char* p, int64_t n) {
     out[i] = T == DType::i8 ? float(int8_t(p[i])) : e4m3_to_float(uint8_t(p[i]));
 }
 
-// out[i] = the sum of the lanes of acc[i].
-static inline void sum_tile_lanes(const vf* acc, float* out) {
+// The sums of the lanes of four vectors, to out[i * step].
+static inline void sum_lanes(const vf* acc, float* out, int64_t step) {
 #if defined(__AVX2__)
-  __m256 x[TILE];
-#pragma GCC unroll 8
-  for (int i = 0; i < TILE; ++i) {
+  __m256 x[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
 #if defined(__AVX512F__)
     x[i] = _mm256_add_ps(_mm512_castps512_ps256(acc[i].v), _mm512_extractf32x8_ps(acc[i].v, 1));
 #else
     x[i] = acc[i].v;
 #endif
   }
-  const __m256 lo = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
-  const __m256 hi = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
-  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20),
-                                      _mm256_permute2f128_ps(lo, hi, 0x31)));
+  const __m256 a = _mm256_add_ps(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+  const __m256 b = _mm256_add_ps(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+  const __m256 c = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
+  if (step == 1) return _mm_storeu_ps(out, sums);
+  alignas(16) float four[4];
+  _mm_store_ps(four, sums);
+  for (int i = 0; i < 4; ++i) out[i * step] = four[i];
 #else
-  for (int i = 0; i < TILE; ++i) out[i] = acc[i].v;
+  for (int i = 0; i < 4; ++i) out[i * step] = acc[i].v;
 #endif
 }
 
-template <DType T, int RT>
-static inline void score_run(const char* const* keys, int64_t at, const float* q, int64_t ldq,
-                              int64_t dim, float* out) {
-  constexpr int KT = TILE / RT;
-  vf acc[TILE];
-#pragma GCC unroll 8
-  for (int i = 0; i < TILE; ++i) acc[i] = v_zero();
-  for (int64_t d = 0; d < dim; d += STEP) {
-    if (RT > KT) {
-      vf a[KT], b[KT];
-#pragma GCC unroll 8
-      for (int k = 0; k < KT; ++k) Element<T>::load(keys[k] + at + d * Element<T>::bytes, a[k], b[k]);
-#pragma GCC unroll 8
-      for (int r = 0; r < RT; ++r)
-#pragma GCC unroll 8
-        for (int k = 0; k < KT; ++k)
-          acc[k * RT + r] = v_fma(a[k], v_load(q + r * ldq + d), acc[k * RT + r]);
-#pragma GCC unroll 8
-      for (int r = 0; r < RT; ++r)
-#pragma GCC unroll 8
-        for (int k = 0; k < KT; ++k)
-          acc[k * RT + r] = v_fma(b[k], v_load(q + r * ldq + d + VL), acc[k * RT + r]);
-    } else {
-      vf x[RT], y[RT];
-#pragma GCC unroll 8
-      for (int r = 0; r < RT; ++r) x[r] = v_load(q + r * ldq + d), y[r] = v_load(q + r * ldq + d + VL);
-#pragma GCC unroll 8
-      for (int k = 0; k < KT; ++k) {
-        vf a, b;
-        Element<T>::load(keys[k] + at + d * Element<T>::bytes, a, b);
-#pragma GCC unroll 8
-        for (int r = 0; r < RT; ++r)
-          acc[k * RT + r] = v_fma(b, y[r], v_fma(a, x[r], acc[k * RT + r]));
-      }
+// acc holds KT vectors for each of RT rows, row by row: their sums to out[k * ld + r].
+template <int RT, int KT>
+static inline void store_scores(const vf* acc, float* out, int64_t ld) {
+  if constexpr (RT == 4) {
+#pragma GCC unroll 4
+    for (int k = 0; k < KT; ++k) {
+      const vf rows[4] = {acc[k], acc[KT + k], acc[2 * KT + k], acc[3 * KT + k]};
+      sum_lanes(rows, out + k * ld, 1);
     }
+  } else {
+#pragma GCC unroll 4
+    for (int r = 0; r < RT; ++r)
+#pragma GCC unroll 4
+      for (int k = 0; k < KT; k += 4) sum_lanes(acc + r * KT + k, out + k * ld + r, ld);
   }
-  sum_tile_lanes(acc, out);
 }
 
-// out[k * RT + r] = q row r . key k, for RT rows and 8 / RT keys; dim is a multiple of STEP.
+template <DType T, int RT, int KT, int H>
+static inline void score_half(const char* const* keys, int64_t at, const float* q, int64_t ldq,
+                              vf* acc) {
+  vf x[KT];
+#pragma GCC unroll 16
+  for (int k = 0; k < KT; ++k) x[k] = Element<T>::template half<H>(keys[k] + at);
+#pragma GCC unroll 4
+  for (int r = 0; r < RT; ++r) {
+    vf y = v_load(q + r * ldq + H * VL);
+    GP_IN_REGISTER(y);
+#pragma GCC unroll 16
+    for (int k = 0; k < KT; ++k) acc[r * KT + k] = v_fma(x[k], y, acc[r * KT + k]);
+  }
+}
+
+template <DType T, int RT, int KT>
+static inline void score_run(const char* const* keys, int64_t at, const float* q, int64_t ldq,
+                             int64_t dim, float* out, int64_t ld) {
+  vf acc[RT * KT];
+#pragma GCC unroll 16
+  for (int i = 0; i < RT * KT; ++i) acc[i] = v_zero();
+  for (int64_t d = 0; d < dim; d += STEP) {
+    score_half<T, RT, KT, 0>(keys, at + d * Element<T>::bytes, q + d, ldq, acc);
+    score_half<T, RT, KT, 1>(keys, at + d * Element<T>::bytes, q + d, ldq, acc);
+  }
+  store_scores<RT, KT>(acc, out, ld);
+}
+
+// out[k * ld + r] = q row r . key k, for RT rows and KEYS keys; dim is a multiple of STEP.
 template <DType T, int RT>
 static inline void score_tile(const char* const* keys, int64_t at, const float* q, int64_t ldq,
-                              int64_t dim, float* out) {
-  if (VL > 1) return score_run<T, RT>(keys, at, q, ldq, dim, out);
+                              int64_t dim, float* out, int64_t ld) {
+  constexpr int KT = KEYS<T, RT>;
+  if (VL > 1) return score_run<T, RT, KT>(keys, at, q, ldq, dim, out, ld);
   // Lanes break up long sums; scalar code needs sums of sums to lose as little to rounding.
   constexpr int64_t RUN = 32;
-  for (int i = 0; i < TILE; ++i) out[i] = 0.0f;
+  float more[RT * KT];
   for (int64_t d = 0; d < dim; d += RUN) {
-    float more[TILE];
-    score_run<T, RT>(keys, at + d * Element<T>::bytes, q + d, ldq, dim - d < RUN ? dim - d : RUN,
-                     more);
-    for (int i = 0; i < TILE; ++i) out[i] += more[i];
+    score_run<T, RT, KT>(keys, at + d * Element<T>::bytes, q + d, ldq, dim - d < RUN ? dim - d : RUN,
+                         more, RT);
+    for (int i = 0; i < RT * KT; ++i) {
+      float& to = out[i / RT * ld + i % RT];
+      to = d == 0 ? more[i] : to + more[i];
+    }
   }
 }
 
-// C steps of columns: sums[r * ld + c] += sum over n keys of p[k * RT + r] * value k [c].
-template <DType T, int RT, int C>
-static inline void value_strip(const char* const* values, int64_t at, int64_t n, const float* p,
-                               float* sums, int64_t ld) {
-  vf acc[RT][C][2];
-#pragma GCC unroll 8
-  for (int r = 0; r < RT; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      acc[r][c][0] = v_load(sums + r * ld + c * STEP);
-      acc[r][c][1] = v_load(sums + r * ld + c * STEP + VL);
-    }
-  for (int64_t k = 0; k < n; ++k) {
-    const char* row = values[k] + at;
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      vf a, b;
-      Element<T>::load(row + c * STEP * Element<T>::bytes, a, b);
-#pragma GCC unroll 8
-      for (int r = 0; r < RT; ++r) {
-        const vf x = v_set(p[k * RT + r]);
-        acc[r][c][0] = v_fma(x, a, acc[r][c][0]);
-        acc[r][c][1] = v_fma(x, b, acc[r][c][1]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < RT; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      v_store(sums + r * ld + c * STEP, acc[r][c][0]);
-      v_store(sums + r * ld + c * STEP + VL, acc[r][c][1]);
-    }
-}
-
-// All columns, for RT rows; dim is a multiple of STEP.
+// sums[r * ld + c] += p[k * ldp + r] * value k [c] for TILE / RT keys and RT rows; dim is a multiple
+// of STEP.
 template <DType T, int RT>
-static inline void value_tile(const char* const* values, int64_t at, int64_t n, const float* p,
+static inline void value_tile(const char* const* values, int64_t at, const float* p, int64_t ldp,
                               float* sums, int64_t ld, int64_t dim) {
-  constexpr int C = TILE / RT / 2;
-  int64_t c = 0;
-  for (; c + C * STEP <= dim; c += C * STEP)
-    value_strip<T, RT, C>(values, at + c * Element<T>::bytes, n, p, sums + c, ld);
-  for (; c < dim; c += STEP)
-    value_strip<T, RT, 1>(values, at + c * Element<T>::bytes, n, p, sums + c, ld);
+  constexpr int KT = TILE / RT;
+  vf weight[TILE];
+#pragma GCC unroll 16
+  for (int i = 0; i < TILE; ++i) {
+    weight[i] = v_set(p[i / RT * ldp + i % RT]);
+    GP_IN_REGISTER(weight[i]);
+  }
+  const char* row[KT];
+#pragma GCC unroll 16
+  for (int k = 0; k < KT; ++k) row[k] = values[k] + at;
+  for (int64_t c = 0; c < dim; c += STEP)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      vf acc[RT];
+#pragma GCC unroll 4
+      for (int r = 0; r < RT; ++r) acc[r] = v_load(sums + r * ld + c + h * VL);
+#pragma GCC unroll 16
+      for (int k = 0; k < KT; ++k) {
+        const char* step = row[k] + c * Element<T>::bytes;
+        const vf x = h ? Element<T>::template half<1>(step) : Element<T>::template half<0>(step);
+#pragma GCC unroll 4
+        for (int r = 0; r < RT; ++r) acc[r] = v_fma(weight[k * RT + r], x, acc[r]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < RT; ++r) v_store(sums + r * ld + c + h * VL, acc[r]);
+    }
 }
 
 }  // namespace GP_ISA

@@ -21,21 +21,10 @@ static inline vf v_less(vf a, vf b, vf x, vf y) {
 // exp(x) for x <= 88, relative error below 2 ulp; 0 below -87.3; NaN stays.
 static inline vf v_exp_nan(vf x) {
   const vf lo = v_set(-87.33654f);
-  const vf c = v_max(lo, x);
-  const vf n = v_round(v_mul(c, v_set(1.44269504088896341f)));
-  vf r = v_fma(n, v_set(-0.693359375f), c);
-  r = v_fma(n, v_set(2.12194440e-4f), r);
-  vf p = v_set(1.9875691500e-4f);
-  p = v_fma(p, r, v_set(1.3981999507e-3f));
-  p = v_fma(p, r, v_set(8.3334519073e-3f));
-  p = v_fma(p, r, v_set(4.1665795894e-2f));
-  p = v_fma(p, r, v_set(1.6666665459e-1f));
-  p = v_fma(p, r, v_set(5.0000001201e-1f));
-  p = v_add(v_fma(v_mul(r, r), p, r), v_set(1.0f));
 #if !defined(__AVX2__)
   if (x.v != x.v) return x;  // the exponent of NaN is no integer
 #endif
-  return v_less(x, lo, v_zero(), v_ldexp(p, n));
+  return v_less(x, lo, v_zero(), v_exp_within(v_max(lo, x)));
 }
 
 // Natural logarithm of a positive normal number: m * 2^e with m in [sqrt(1/2), sqrt(2)), Cephes'
@@ -73,15 +62,9 @@ static inline vf v_log(vf x) {
   return v_fma(e, v_set(0.693359375f), v_add(f, y));
 }
 
-// tanh: Cephes' polynomial below 0.625, else 1 - 2 / (exp(2|x|) + 1) with the sign of x.
+// tanh: a polynomial below 0.625, else 1 - 2 / (exp(2|x|) + 1) with the sign of x.
 static inline vf v_tanh_nan(vf x) {
-  const vf a = v_abs(x), x2 = v_mul(x, x);
-  vf p = v_set(-5.70498872745e-3f);
-  p = v_fma(p, x2, v_set(2.06390887954e-2f));
-  p = v_fma(p, x2, v_set(-5.37397155531e-2f));
-  p = v_fma(p, x2, v_set(1.33314422036e-1f));
-  p = v_fma(p, x2, v_set(-3.33332819422e-1f));
-  const vf small = v_fma(v_mul(x, x2), p, x);
+  const vf a = v_abs(x), small = v_tanh_small(x);
   const vf e = v_exp_nan(v_min(v_set(44.0f), v_add(a, a)));
   const vf large = v_sub(v_set(1.0f), v_div(v_set(2.0f), v_add(e, v_set(1.0f))));
   return v_less(a, v_set(0.625f), small, v_less(x, v_zero(), v_sub(v_zero(), large), large));

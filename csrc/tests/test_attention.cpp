@@ -1,24 +1,15 @@
 // Attention kernels in every instruction set against double precision, without Python.
-#include <cmath>
-#include <cstdio>
-#include <vector>
-
 #include "cpu/attention.h"
 
-namespace {
+#include "tests/compare.h"
 
-int failures = 0;
+namespace {
 
 struct Problem {
   gp::AttentionShape s;
   std::vector<float> q, k, v, out, dout, dq, dk, dv, lse;
   std::vector<double> ref_out, ref_lse, ref_dq, ref_dk, ref_dv;
 };
-
-float noise(uint32_t& state) {  // uniform in [-1, 1)
-  state = state * 1664525u + 1013904223u;
-  return float(state >> 8) / float(1 << 23) - 1.0f;
-}
 
 gp::Tensor4 tensor(std::vector<float>& x, int64_t seqlen, int64_t heads, int64_t dim) {
   return {x.data(), seqlen * heads * dim, heads * dim, dim};
@@ -72,18 +63,6 @@ void reference(Problem& p) {
           }
         }
       }
-}
-
-void compare(const char* what, const std::vector<float>& got, const std::vector<double>& ref) {
-  double worst = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double error = got[i] == ref[i] ? 0 : std::fabs(got[i] - ref[i]);
-    if (!(error <= worst)) worst = error;  // NaN stays
-  }
-  if (!(worst < 2e-5)) {
-    ++failures;
-    std::printf("FAILED %s %s: error %g\n", gp::isa_name(gp::active_isa()), what, worst);
-  }
 }
 
 void check(gp::AttentionShape s) {

@@ -30,17 +30,7 @@ import torch
 
 from .._checks import check_dtype, check_ndim, check_tensor, fail
 from ..ops.attention import attention, checks
-from ..ops.decode_attention import flash_attn_with_kvcache
-
-__all__ = [
-    "flash_attn_func",
-    "flash_attn_kvpacked_func",
-    "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_func",
-    "flash_attn_varlen_kvpacked_func",
-    "flash_attn_varlen_qkvpacked_func",
-    "flash_attn_with_kvcache",
-]
+from ..ops.decode_attention import flash_attn_with_kvcache as flash_attn_with_kvcache
 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),

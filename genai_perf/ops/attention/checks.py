@@ -4,7 +4,15 @@ import math
 
 import torch
 
-from ..._checks import check_dtype, check_ndim, check_same, check_tensor, fail
+from ..._checks import (
+    check_dtype,
+    check_ndim,
+    check_same,
+    check_tensor,
+    check_window,
+    fail,
+    heads_fit,
+)
 
 OP = "attention"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -12,7 +20,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def shapes(q, k, v, cu_seqlens_q, cu_seqlens_k) -> int:
     """Check that the tensors belong together; returns the batch size."""
-    if cu_seqlens_q is None and cu_seqlens_k is None and _dense(q, k, v):
+    dense = cu_seqlens_q is None and cu_seqlens_k is None
+    if dense and heads_fit(q, k, v, DTYPES) and q.shape[0] == k.shape[0]:
         return q.shape[0]
     check_tensor(OP, q=q, k=k, v=v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
@@ -35,27 +44,6 @@ def shapes(q, k, v, cu_seqlens_q, cu_seqlens_k) -> int:
     if k.shape[0] != q.shape[0]:
         fail(OP, "batch of k and v", f"that of q ({q.shape[0]})", k.shape[0])
     return q.shape[0]
-
-
-def _dense(q, k, v) -> bool:
-    """Whether `shapes` finds nothing wrong: 2 us where the checks one by one take 7."""
-    tensor = torch.Tensor
-    if not (isinstance(q, tensor) and isinstance(k, tensor) and isinstance(v, tensor)):
-        return False
-    if not (q.dim() == k.dim() == v.dim() == 4 and q.dtype == k.dtype == v.dtype):
-        return False
-    (batch, _, heads, dim), (batch_k, seqlen_k, heads_k, dim_k) = q.shape, k.shape
-    *rest_v, dim_v = v.shape
-    return (
-        batch == batch_k
-        and dim == dim_k
-        and rest_v == [batch_k, seqlen_k, heads_k]
-        and dim > 0 < dim_v
-        and heads_k > 0
-        and heads % heads_k == 0
-        and q.dtype in DTYPES
-        and q.device == k.device == v.device
-    )
 
 
 def _sequences(q, cu_seqlens_q, cu_seqlens_k) -> int:
@@ -82,16 +70,7 @@ def max_seqlen(value, rows, packed: bool, name: str) -> int:
 
 
 def window(window_size) -> tuple[int, int]:
-    """(left, right) with None made -1."""
-    if window_size == (None, None):
-        return -1, -1
-    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
-        fail(OP, "window_size", "a pair (left, right)", repr(window_size))
-    for side in window_size:
-        if side is not None and (not isinstance(side, int) or side < 0):
-            fail(OP, "window_size", "(left, right), each None or an int >= 0", repr(window_size))
-    left, right = (-1 if side is None else side for side in window_size)
-    return left, right
+    return check_window(OP, window_size)
 
 
 def softcap(value: float) -> None:

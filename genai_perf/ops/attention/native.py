@@ -91,7 +91,8 @@ def _call(q, k, v, o: Options) -> tuple:
 def _prepared(q, k, v, options) -> tuple:
     """The inputs as the kernels read them, and whether packed sequences fill q, and k and v."""
     o = Options(*options)
-    o = o._replace(sinks=_float(o.sinks), alibi_slopes=_float(o.alibi_slopes))
+    if o.sinks is not None or o.alibi_slopes is not None:
+        o = o._replace(sinks=_float(o.sinks), alibi_slopes=_float(o.alibi_slopes))
     q_full = k_full = True
     if o.cu_seqlens_q is not None:
         cu_q, cu_k = o.cu_seqlens_q.contiguous(), o.cu_seqlens_k.contiguous()

@@ -1,10 +1,19 @@
 """The public `decode_attention`: its checks, and what they make of its arguments."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 
-from ..._checks import check_dtype, check_ndim, check_same, check_tensor, fail
+from ..._checks import (
+    check_dtype,
+    check_ndim,
+    check_same,
+    check_tensor,
+    check_window,
+    fail,
+    heads_fit,
+)
 from .op import APPEND, READ
 from .options import New, Options
 from .values import OP, check_values
@@ -102,10 +111,12 @@ def decode_attention(
     rotary's positions are those of flash_attn_with_kvcache; pages, Kwon et al. (arXiv 2309.06180);
     rotary embedding, Su et al. (arXiv 2104.09864).
     """
-    check_tensor(OP, q=q, k_cache=k_cache, v_cache=v_cache)
-    _check_shapes(q, k_cache, v_cache, k_scale, v_scale)
+    plain = k_scale is None and v_scale is None and heads_fit(q, k_cache, v_cache, DTYPES)
+    if not (plain and k_cache.shape[1] > 0):
+        check_tensor(OP, q=q, k_cache=k_cache, v_cache=v_cache)
+        _check_shapes(q, k_cache, v_cache, k_scale, v_scale)
     batch = q.shape[0]
-    left, right = _check_window(window_size)
+    left, right = check_window(OP, window_size)
     if not 0 <= softcap < math.inf:
         fail(OP, "softcap", "0 (none) or positive and finite", softcap)
     if not isinstance(num_splits, int) or num_splits < 0:
@@ -149,7 +160,7 @@ def decode_attention(
         new = New(k, v, rotary_cos, rotary_sin, rotary_seqlens, bool(rotary_interleaved))
     if check_cache:
         check_values(k_cache, options, new)
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if new is None:
             out, lse = READ(q, k_cache, v_cache, *options, backend=backend)
         else:
@@ -199,17 +210,6 @@ def _check_heads(name, x, q, heads, word, *, by_batch, dtypes=(torch.float32,)) 
             f" or (batch {q.shape[0]}, {word} {heads})" if by_batch else ""
         )
         fail(OP, name, wanted, tuple(x.shape))
-
-
-def _check_window(window_size) -> tuple[int, int]:
-    """(left, right) with None made -1."""
-    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
-        fail(OP, "window_size", "a pair (left, right)", repr(window_size))
-    for side in window_size:
-        if side is not None and (not isinstance(side, int) or side < 0):
-            fail(OP, "window_size", "(left, right), each None or an int >= 0", repr(window_size))
-    left, right = (-1 if side is None else side for side in window_size)
-    return left, right
 
 
 def _check_integers(q, **tensors) -> None:

@@ -35,15 +35,14 @@ def _tensor4(x: torch.Tensor) -> tuple[int, int, int, int]:
 
 def _prepared(o: Options) -> Options:
     """The tensors as the kernels read them: contiguous, sinks and slopes of float32."""
-    numbers = {
-        name: None if value is None else value.contiguous()
-        for name, value in zip(o._fields[:6], o[:6], strict=True)
-    }
-    floats = {
-        name: None if value is None else value.to(torch.float32).contiguous()
-        for name, value in (("alibi_slopes", o.alibi_slopes), ("sinks", o.sinks))
-    }
-    return o._replace(**numbers, **floats)
+    changed = {}
+    for name, value in zip(o._fields[:8], o[:8], strict=True):
+        if value is None:
+            continue
+        dtype = torch.float32 if name in ("alibi_slopes", "sinks") else value.dtype
+        if value.dtype != dtype or not value.is_contiguous():
+            changed[name] = value.to(dtype).contiguous()
+    return o._replace(**changed) if changed else o
 
 
 def _cache(k_cache, o: Options) -> tuple[int, ...]:

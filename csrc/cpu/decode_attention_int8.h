@@ -1,0 +1,171 @@
+// An int8 cache against queries and weights of 16 bits: products of integers, twice as many at a time
+// as of floats, and no conversion of the cache beyond int16.
+//
+// Queries are rounded to 1 / 32767 of their row's largest element, weights to 1 / 32767 of their
+// block's largest: finer by 2^7 than the bfloat16 that queries and outputs have here.
+#pragma once
+
+#include "cpu/decode_attention_tile.h"
+
+namespace gp {
+namespace GP_ISA {
+
+constexpr float INT16_TOP = 32767.0f;
+
+// Pairs of keys of a tile of values with RT rows.
+template <int RT>
+constexpr int PAIRS = RT == 1 ? TILE / 2 : TILE / RT;
+
+#if defined(__AVX2__)
+
+#if defined(__AVX512F__)
+using vi = __m512i;
+static inline vi i_zero() { return _mm512_setzero_si512(); }
+static inline vi i_load(const void* p) { return _mm512_loadu_si512(p); }
+static inline void i_store(void* p, vi a) { _mm512_storeu_si512(p, a); }
+static inline vi i_set(int32_t x) { return _mm512_set1_epi32(x); }
+static inline vi i_dot(vi a, vi b) { return _mm512_madd_epi16(a, b); }
+static inline vi i_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vi i_round(vf a) { return _mm512_cvtps_epi32(a.v); }
+static inline vf i_float(vi a) { return {_mm512_cvtepi32_ps(a)}; }
+// low | high << 16
+static inline vi i_pair(vi low, vi high) {
+  return _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi32(0xffff)),
+                         _mm512_slli_epi32(high, 16));
+}
+static inline vi i_widen(const void* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+// VL columns of two rows, (a0, b0, a1, b1 ...).
+static inline vi i_columns(const char* a, const char* b) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+  const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+  return _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y)));
+}
+#else
+using vi = __m256i;
+static inline vi i_zero() { return _mm256_setzero_si256(); }
+static inline vi i_load(const void* p) { return _mm256_loadu_si256(static_cast<const vi*>(p)); }
+static inline void i_store(void* p, vi a) { _mm256_storeu_si256(static_cast<vi*>(p), a); }
+static inline vi i_set(int32_t x) { return _mm256_set1_epi32(x); }
+static inline vi i_dot(vi a, vi b) { return _mm256_madd_epi16(a, b); }
+static inline vi i_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+static inline vi i_round(vf a) { return _mm256_cvtps_epi32(a.v); }
+static inline vf i_float(vi a) { return {_mm256_cvtepi32_ps(a)}; }
+static inline vi i_pair(vi low, vi high) {
+  return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi32(0xffff)),
+                         _mm256_slli_epi32(high, 16));
+}
+static inline vi i_widen(const void* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+static inline vi i_columns(const char* a, const char* b) {
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a));
+  const __m128i y = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b));
+  return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x, y));
+}
+#endif
+
+// A row of `dim` floats, a multiple of STEP, to int16; returns what a 1 stands for.
+static inline float quantize_query(const float* x, int64_t dim, int16_t* out) {
+  vf most = v_zero(), sum = v_zero();
+  for (int64_t d = 0; d < dim; d += VL) {
+    const vf a = v_abs(v_load(x + d));
+    most = v_max(a, most), sum = v_add(sum, a);
+  }
+  const float top = v_hmax(most), total = v_sum(sum);
+  const vf inverse = v_set(top > 0.0f ? INT16_TOP / top : 0.0f);
+  for (int64_t d = 0; d < dim; d += VL) {
+    alignas(64) int32_t n[VL];
+    i_store(n, i_round(v_mul(v_load(x + d), inverse)));
+    for (int i = 0; i < VL; ++i) out[d + i] = int16_t(n[i]);
+  }
+  // NaN and infinity reach the scores by way of the scale.
+  return total - total == 0.0f ? top / INT16_TOP : total - total;
+}
+
+// score_tile for int8 keys and int16 queries: sums of integer products, still to be scaled.
+template <int RT>
+static inline void score_tile_int8(const char* const* keys, int64_t at, const int16_t* q, int64_t ldq,
+                                   int64_t dim, float* out, int64_t ld) {
+  constexpr int KT = TILE / RT;
+  vi acc[TILE];
+  const char* row[KT];
+#pragma GCC unroll 16
+  for (int k = 0; k < KT; ++k) row[k] = keys[k] + at;
+#pragma GCC unroll 16
+  for (int i = 0; i < TILE; ++i) acc[i] = i_zero();
+  for (int64_t d = 0; d < dim; d += STEP) {
+    vi x[KT];
+#pragma GCC unroll 16
+    for (int k = 0; k < KT; ++k) x[k] = i_widen(row[k] + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < RT; ++r) {
+      const vi y = i_load(q + r * ldq + d);
+#pragma GCC unroll 16
+      for (int k = 0; k < KT; ++k) acc[r * KT + k] = i_add(acc[r * KT + k], i_dot(x[k], y));
+    }
+  }
+  vf sums[TILE];
+#pragma GCC unroll 16
+  for (int i = 0; i < TILE; ++i) sums[i] = i_float(acc[i]);
+  store_scores<RT, KT>(sums, out, ld);
+}
+
+// Weights (key, lane) to int16, two keys in each 32 bits, in place of the first of the two; `unit`
+// receives what a 1 stands for. `top`: the largest of each lane.
+static inline void quantize_weights(float* p, int64_t padded, int64_t ld, const float* top,
+                                    float* unit) {
+  for (int64_t l = 0; l < ld; l += VL) {
+    alignas(64) float inverse[VL];
+    for (int i = 0; i < VL; ++i) {
+      const float most = top[l + i];
+      unit[l + i] = most / INT16_TOP;
+      inverse[i] = most > 0.0f ? INT16_TOP / most : 0.0f;
+    }
+    const vf by = v_load(inverse);
+    for (int64_t k = 0; k < padded; k += 2) {
+      float* x = p + k * ld + l;
+      i_store(x, i_pair(i_round(v_mul(v_load(x), by)), i_round(v_mul(v_load(x + ld), by))));
+    }
+  }
+}
+
+// value_tile for int8 values and the weights of quantize_weights: PAIRS pairs of keys.
+template <int RT>
+static inline void value_tile_int8(const char* const* values, int64_t at, const float* p, int64_t ldp,
+                                   const float* unit, float* sums, int64_t ld, int64_t dim) {
+  constexpr int P = PAIRS<RT>;
+  vi weight[P * RT];
+#pragma GCC unroll 16
+  for (int i = 0; i < P * RT; ++i) {
+    int32_t pair;
+    std::memcpy(&pair, p + i / RT * 2 * ldp + i % RT, 4);
+    weight[i] = i_set(pair);
+  }
+  const char* row[2 * P];
+#pragma GCC unroll 32
+  for (int k = 0; k < 2 * P; ++k) row[k] = values[k] + at;
+  for (int64_t c = 0; c < dim; c += VL) {
+    vi acc[RT];
+#pragma GCC unroll 16
+    for (int k = 0; k < P; ++k) {
+      const vi x = i_columns(row[2 * k] + c, row[2 * k + 1] + c);
+#pragma GCC unroll 4
+      for (int r = 0; r < RT; ++r) {
+        const vi y = i_dot(weight[k * RT + r], x);
+        acc[r] = k == 0 ? y : i_add(acc[r], y);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < RT; ++r) {
+      float* to = sums + r * ld + c;
+      v_store(to, v_fma(i_float(acc[r]), v_set(unit[r]), v_load(to)));
+    }
+  }
+}
+
+#endif
+
+}  // namespace GP_ISA
+}  // namespace gp
