@@ -19,9 +19,19 @@ demo: dev
 test: dev native
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile
 
-# Every shipped Triton configuration, compiled for four chips without a GPU.
+# Every shipped Triton configuration, compiled for four chips without a GPU. TRITON=newest: by the
+# newest release, in a folder of its own, and what differs from aot.json, if that was written before.
+TRITON ?= pinned
+AOT := -m genai_perf.testing.aot --jobs 2
+NEWEST := build/triton-newest
 aot: dev
-	$(PY) -m genai_perf.testing.aot --out aot.json --jobs 2
+ifeq ($(TRITON),newest)
+	$(PY) -m pip install -q --no-deps --upgrade --target $(NEWEST) triton
+	PYTHONPATH=$(NEWEST) $(PY) $(AOT) --out aot-newest.json \
+	  $(if $(wildcard aot.json),--against aot.json)
+else
+	$(PY) $(AOT) --out aot.json
+endif
 
 # The headline cases of every op on the CPU, in less than 10 minutes, and their page.
 bench: dev native

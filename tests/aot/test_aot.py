@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from genai_perf._backends.triton_aot import CHIPS, compile_for
 from genai_perf.ops.attention.triton import shipped
+from genai_perf.testing import aot
 from genai_perf.testing.aot import gate
 
 # package -> kernels in the subset
@@ -47,3 +48,15 @@ def test_too_much_shared_memory_or_a_missing_instruction_fails(monkeypatch):
     monkeypatch.setitem(CHIPS, "sm_80", small)
     problems = " ".join(compile_for(source, "sm_80").problems)
     assert "shared memory" in problems and "has no wgmma instruction" in problems
+
+
+def test_reports_are_summed_up_and_compared():
+    entry = {"arch": "sm_90", "name": "attention fwd", "registers": 200, "spills": 0,
+             "shared": 4096, "instructions": ["wgmma.mma_async.sync"], "problems": []}  # fmt: skip
+    worse = entry | {"registers": 255, "spills": 8, "problems": ["spills 8 bytes"]}
+    assert aot.differences([entry], [entry]) == []
+    (line,) = aot.differences([entry], [worse])
+    assert line.startswith("sm_90 attention fwd: registers 200 -> 255; spills 0 -> 8; problems []")
+    assert aot.differences([entry], [worse | {"name": "attention dq"}]) == []
+    (line,) = aot.summary([entry, worse])
+    assert "2 compiled, 1 failed" in line and "255 registers, 4 KiB" in line and "wgmma" in line

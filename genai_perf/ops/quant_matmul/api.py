@@ -30,14 +30,14 @@ QUANT_MATMUL = Op(
     f"(Tensor x, {_WEIGHT}, Tensor? bias, str format, int group_size, SymInt n, "
     "*, str? backend=None) -> Tensor",
     fake=_fake_forward,
-    backends=("nki", "native", "reference"),
+    backends=("triton", "nki", "native", "reference"),
 )
 QUANT_MATMUL_BACKWARD = Op(
     __package__,
     "quant_matmul_backward",
     f"(Tensor dy, {_WEIGHT}, str format, int group_size, SymInt k, *, str? backend=None) -> Tensor",
     fake=_fake_backward,
-    backends=("nki", "native", "reference"),
+    backends=("triton", "nki", "native", "reference"),
     entry="backward",
 )
 QUANT_MATMUL_INT8 = Op(

@@ -3,12 +3,10 @@
 import torch
 
 from ..._backends import native
-from ..._checks import fail
 from ..._dispatch import is_plain
 from ...formats.dynamic_map import dynamic_map
+from .components import FLOATS, check_components
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 # csrc/cpu/quant_matmul.h holds the same numbers.
 INT8_COLUMNS = 131072  # as many products of two int8 stay within int32
 FORMAT_CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2, "nf4": 3, "int4": 4}
@@ -95,7 +93,7 @@ class Packed:
     """
 
     def __init__(self, format, n, k, weight, group_size):
-        _check(format, n, k, weight, group_size)
+        check_components(format, n, k, weight, group_size)
         self.n, self.k, self.format, self.group_size = n, k, format, group_size
         self.shape = torch.Size((n, k))
         self.places = [_place(t) for t in weight]
@@ -159,31 +157,3 @@ class Packed:
             native.threads(),
         )  # fmt: skip
         return dx
-
-
-def _check(format, n, k, weight, group_size) -> None:
-    """The kernels trust their pointers: components that do not fit the weight stop here."""
-    qdata, scale, zero, nested, shift = weight
-    if format == "nf4":
-        codes, scales = -(-n * k // 2), -(-n * k // group_size) if group_size > 0 else -1
-    elif format == "int4":
-        codes = n * -(-k // 2)
-        scales = n if group_size == -1 else n * -(-k // group_size) if group_size > 0 else -1
-    else:
-        blocks = -(-n // 128) * -(-k // 128)
-        codes, scales = n * k, {0: 1, -1: n, 128: blocks}.get(group_size, -1)
-    if scales < 0 or (group_size > 0 and group_size % (32 if format == "nf4" else 8)):
-        fail("quant_matmul", "group_size", f"one of those of {format}", group_size)
-    scale_dtypes = FLOATS if nested is None else BYTES
-    want = [("qdata", qdata, codes, BYTES), ("scale", scale, scales, scale_dtypes)]
-    if zero is not None:
-        want.append(("zero_point", zero, scales, BYTES))
-    if nested is not None:
-        want.append(("nested_scale", nested, -(-scales // 256), FLOATS[:1]))
-        want.append(("scale_offset", shift, 1, FLOATS[:1]))
-    for name, tensor, count, dtypes in want:
-        if tensor is None or tensor.numel() != count or tensor.dtype not in dtypes:
-            got = None if tensor is None else f"{tensor.numel()} of {tensor.dtype}"
-            names = " or ".join(map(str, dtypes))
-            expected = f"{count} elements of {names} for {format} of shape {(n, k)}"
-            fail("quant_matmul", f"qweight.{name}", expected, got)

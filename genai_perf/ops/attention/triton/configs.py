@@ -5,13 +5,14 @@ from pathlib import Path
 import torch
 
 from ...._backends import triton as toolchain
-from .problem import Problem, block_dim
+from .problem import Problem, block_dim, largest_tile
+from .rules import WHOLE_TILES
 from .tiles import DIMS, DROPOUT, FLOAT, HALF, HEAVY, NAMES, PLAIN
 
 TUNED = Path(__file__).parent.parent / "tuned"
 
-# The least rows of a tile; the least that wgmma and tcgen05 multiply.
-LEAST_TILE, LEAST_OWN_TILE = 16, 64
+# The fewest rows that wgmma and tcgen05 multiply.
+LEAST_OWN_TILE = 64
 # The largest head dimension of float32 that multiplies in TF32.
 MOST_TF32 = 64
 # Several tiles even for the short sequences that the interpreter can take.
@@ -82,18 +83,15 @@ def choose(kernel: str, problem: Problem) -> dict:
     arch = toolchain.arch(q.device)
     config = measured or rule(kernel, arch, q.dtype, problem.headdim, problem.headdim_v,
                               kind(problem))  # fmt: skip
-    if o.block_mask is None or kernel == "delta":
+    if problem.blocks_kind() != WHOLE_TILES.value or kernel == "delta":
         return config
     return within(config, o.block_q, o.block_k)
 
 
 def within(config: dict, block_q: int, block_k: int) -> dict:
-    """Tiles no larger than the blocks of a block mask, so that a tile lies within one of them;
-    where blocks are no multiple of the least tile, the configuration as it is."""
-    tiles = {"BLOCK_M": block_q & -block_q, "BLOCK_N": block_k & -block_k}
-    if min(tiles.values()) < LEAST_TILE:
-        return config
-    return config | {name: min(config[name], most) for name, most in tiles.items()}
+    """Tiles no larger than the blocks of a block mask, so that a tile lies within one of them."""
+    most = {"BLOCK_M": largest_tile(block_q), "BLOCK_N": largest_tile(block_k)}
+    return config | {name: min(config[name], size) for name, size in most.items()}
 
 
 def kind(problem: Problem) -> int:

@@ -39,7 +39,7 @@ def _choose(kernel: str, problem: Problem) -> dict:
     precision = configs.precision(
         toolchain.arch(q.device), q.dtype, problem.headdim, problem.headdim_v
     )
-    return config | problem.features(config) | {"PRECISION": precision}
+    return config | problem.features() | {"PRECISION": precision}
 
 
 def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +60,7 @@ def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         *problem.rule_strides(), problem.nheads, problem.group, streams,
         _together(problem, problem.group), problem.seqlen_q, problem.seqlen_k,
         *problem.rule_numbers(), *problem.scales(), SINKS=sinks is not None,
-        SCALE_FIRST=problem.scale_first(constants), **constants,
+        SCALE_FIRST=problem.scale_first(), **constants,
     )  # fmt: skip
     return out, lse
 

@@ -9,6 +9,8 @@ from ..options import Options
 from .rules import ADDED_BIAS, BOOL_MASK, NO_BIAS, NO_BLOCKS, PARTS_OF_TILES, WHOLE_TILES
 
 LOG2E = 1 / math.log(2)
+# The fewest queries or keys of a tile.
+LEAST_TILE = 16
 # A tile spans at most this many rows; row offsets inside a tile are 32-bit.
 MAX_TILE_ROWS = 256
 
@@ -51,13 +53,13 @@ class Problem:
             return NO_BIAS.value
         return BOOL_MASK.value if bias.dtype == torch.bool else ADDED_BIAS.value
 
-    def blocks_kind(self, config: dict) -> int:
-        """How tiles of BLOCK_M queries and BLOCK_N keys lie in the blocks of the block mask."""
+    def blocks_kind(self) -> int:
+        """Whether tiles that are made as small as the blocks of the block mask lie within them."""
         o = self.options
         if o.block_mask is None:
             return NO_BLOCKS.value
-        whole = o.block_q % config["BLOCK_M"] == 0 and o.block_k % config["BLOCK_N"] == 0
-        return WHOLE_TILES.value if whole else PARTS_OF_TILES.value
+        parts = min(largest_tile(o.block_q), largest_tile(o.block_k)) < LEAST_TILE
+        return PARTS_OF_TILES.value if parts else WHOLE_TILES.value
 
     def rule_tensors(self) -> tuple[torch.Tensor | None, ...]:
         """bias, slopes, block mask and state of the dropout mask, as the kernels take them."""
@@ -79,7 +81,7 @@ class Problem:
         words = below(o.dropout_p)
         return *window, words - 2**32 if words >= 2**31 else words, 1 / (1 - o.dropout_p)
 
-    def features(self, config: dict) -> dict[str, object]:
+    def features(self) -> dict[str, object]:
         """The constexprs that all kernels over scores share."""
         o = self.options
         return {
@@ -92,7 +94,7 @@ class Problem:
             "SOFTCAP": o.softcap != 0,
             "ALIBI": self.slopes is not None,
             "BIAS": self.bias_kind(),
-            "BLOCKS": self.blocks_kind(config),
+            "BLOCKS": self.blocks_kind(),
             "DROPOUT": o.dropout_p != 0,
             "VARLEN": self.varlen,
             "NATURAL": self.natural,
@@ -105,21 +107,25 @@ class Problem:
             return o.softmax_scale / o.softcap, o.softcap
         return o.softmax_scale * (1.0 if self.natural else LOG2E), 0.0
 
-    def scale_first(self, config: dict) -> bool:
+    def scale_first(self) -> bool:
         """Whether scores are scaled before their maximum is taken, and not only the maximum."""
-        o = self.options
-        plain = not self.heavy() and self.blocks_kind(config) != PARTS_OF_TILES.value
-        return not (plain and o.softmax_scale > 0)
+        return self.heavy() or self.options.softmax_scale <= 0
 
     def heavy(self) -> bool:
         """Whether there are rules that need many registers."""
         o = self.options
-        return bool(o.softcap or self.slopes is not None or o.attn_bias is not None)
+        parts = self.blocks_kind() == PARTS_OF_TILES.value
+        return bool(o.softcap or self.slopes is not None or o.attn_bias is not None or parts)
 
 
 def block_dim(dim: int) -> int:
     """The power of two, at least 16 (the least that tl.dot takes), that holds a head dimension."""
     return max(16, 1 << (dim - 1).bit_length())
+
+
+def largest_tile(block: int) -> int:
+    """The largest power of two that divides the size of a block."""
+    return block & -block
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

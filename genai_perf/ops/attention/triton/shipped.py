@@ -89,7 +89,7 @@ def source(kernel: str, arch: str, dtype: torch.dtype, headdim: int, headdim_v: 
 def kind(options: dict[str, object]) -> int:
     if options["DROPOUT"]:
         return tiles.DROPOUT
-    heavy = options["SOFTCAP"] or options["ALIBI"] or options["BIAS"]
+    heavy = any(options[name] for name in ("SOFTCAP", "ALIBI", "BIAS")) or options["BLOCKS"] == 2
     return tiles.HEAVY if heavy else tiles.PLAIN
 
 

@@ -1,0 +1,40 @@
+"""Whether the components of a quantized weight are those of its format and shape."""
+
+import torch
+
+from ..._checks import fail
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def check_components(format, n, k, weight, group_size) -> None:
+    """Kernels trust their pointers: components that do not fit the weight stop here.
+
+    Raises:
+        ValueError: a component of another size or dtype, or a group_size that the format lacks.
+    """
+    qdata, scale, zero, nested, shift = weight
+    if format == "nf4":
+        codes, scales = -(-n * k // 2), -(-n * k // group_size) if group_size > 0 else -1
+    elif format == "int4":
+        codes = n * -(-k // 2)
+        scales = n if group_size == -1 else n * -(-k // group_size) if group_size > 0 else -1
+    else:
+        blocks = -(-n // 128) * -(-k // 128)
+        codes, scales = n * k, {0: 1, -1: n, 128: blocks}.get(group_size, -1)
+    if scales < 0 or (group_size > 0 and group_size % (32 if format == "nf4" else 8)):
+        fail("quant_matmul", "group_size", f"one of those of {format}", group_size)
+    scale_dtypes = FLOATS if nested is None else BYTES
+    want = [("qdata", qdata, codes, BYTES), ("scale", scale, scales, scale_dtypes)]
+    if zero is not None:
+        want.append(("zero_point", zero, scales, BYTES))
+    if nested is not None:
+        want.append(("nested_scale", nested, -(-scales // 256), FLOATS[:1]))
+        want.append(("scale_offset", shift, 1, FLOATS[:1]))
+    for name, tensor, count, dtypes in want:
+        if tensor is None or tensor.numel() != count or tensor.dtype not in dtypes:
+            got = None if tensor is None else f"{tensor.numel()} of {tensor.dtype}"
+            names = " or ".join(map(str, dtypes))
+            expected = f"{count} elements of {names} for {format} of shape {(n, k)}"
+            fail("quant_matmul", f"qweight.{name}", expected, got)

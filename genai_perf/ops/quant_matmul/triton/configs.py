@@ -1,0 +1,48 @@
+"""Tile sizes, warps and stages: a rule, **not measured**; `make aot` checks it for spills."""
+
+import torch
+
+from ...._backends import triton as toolchain
+
+# Up to as many rows take the kernel of one row: the limit that the op's docstring names.
+FEW_ROWS = 8
+MERGE = {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
+MAX_SPLITS = 16
+WAVES = 2  # programs for each multiprocessor that one row aims at
+
+# Several tiles even for the small weights that the interpreter can take.
+INTERPRETER = {
+    "gemv": {"BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 1, "num_stages": 1},
+    "gemm": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 1, "num_stages": 1},
+    "dx": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 1, "num_stages": 1},
+}
+
+
+def rule(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
+    """Launch keywords of "gemv", "gemm" or "dx", the same for any number of rows, so that a row has
+    the same bits alone and among others."""
+    if arch == "interpreter":
+        return INTERPRETER[kernel]
+    if kernel == "gemv":
+        return {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
+    small = dtype == torch.float32
+    return {
+        "BLOCK_M": 32 if small else 64,
+        "BLOCK_N": 64,
+        "BLOCK_K": 64,
+        "num_warps": 4,
+        "num_stages": 1 if small or arch.startswith("gfx") else 3,
+    }
+
+
+def precision(arch: str, dtype: torch.dtype) -> str:
+    """How tl.dot multiplies float32: three TF32 products, which keep float32's accuracy."""
+    exact = dtype != torch.float32 or arch.startswith(("gfx", "interpreter"))
+    return "ieee" if exact else "tf32x3"
+
+
+def splits(device: torch.device, n: int, k: int, config: dict[str, int]) -> int:
+    """Parts of K that fill the device for one row, each of 4 tiles at least; never by the rows."""
+    programs = -(-n // config["BLOCK_N"])
+    wanted = -(-WAVES * toolchain.processors(device) // programs)
+    return max(1, min(wanted, k // (4 * config["BLOCK_K"]), MAX_SPLITS))
