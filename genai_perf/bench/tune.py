@@ -46,6 +46,13 @@ TUNABLE = {
         Kernel("dq", "forward+backward", _TILES),
     ),
     "decode_attention": (Kernel("split", "forward", _TILES | {"BLOCK_M": (16, 32, 64)}),),
+    "quant_matmul": (
+        Kernel("gemv", "forward", {
+            "BLOCK_N": (4, 8, 16, 32), "BLOCK_K": (64, 128, 256), "num_warps": (2, 4, 8),
+            "num_stages": (1, 2, 3)}),
+        Kernel("gemm", "forward", _TILES | {"BLOCK_K": (32, 64, 128)}),
+        Kernel("dx", "backward", _TILES | {"BLOCK_K": (32, 64, 128)}),
+    ),
     "sparse_matmul": (Kernel("gemv", "forward", {
         "BLOCK_N": (1, 2, 4, 8, 16), "UNITS": (16, 32, 64), "num_warps": (1, 2, 4, 8),
         "num_stages": (1, 2)}),),

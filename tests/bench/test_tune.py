@@ -75,12 +75,15 @@ def asked(op):
     from genai_perf.ops.decode_attention.triton import configs as decode
     from genai_perf.ops.distill_loss.triton import launch as distill
     from genai_perf.ops.optimizer_step.triton import launch as optimizer
+    from genai_perf.ops.quant_matmul.triton import configs as quant
     from genai_perf.ops.sparse_matmul.triton import launch as sparse
 
     if op == "decode_attention":
         return {"split": decode.choose(OnGpu, torch.int8, 128, 4, 4096)}
     if op == "distill_loss":
         return {"rows": distill.config(32768, torch.float32, OnGpu.device)}
+    if op == "quant_matmul":
+        return {name: quant.choose(name, OnGpu, "nf4", 64, 64) for name in ("gemv", "gemm", "dx")}
     if op == "sparse_matmul":
         return {"gemv": sparse.choose(OnGpu, OnGpu, True, 4096)}
     if op == "optimizer_step":
@@ -110,7 +113,7 @@ def test_no_gpu_and_unknown_ops_are_said_in_a_sentence():
         for op in tune.TUNABLE:
             with pytest.raises(BackendUnsupported, match=f"tune {op}: triton"):
                 tune.tune(op)
-    with pytest.raises(ValueError, match="quant_matmul has no Triton kernel; those that have one"):
-        tune.tune("quant_matmul")
+    with pytest.raises(ValueError, match="quantize has no Triton kernel; those that have one"):
+        tune.tune("quantize")
     with pytest.raises(ValueError, match="did you mean attention"):
         tune.tune("atention")

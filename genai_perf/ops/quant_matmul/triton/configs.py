@@ -1,9 +1,12 @@
 """Tile sizes, warps and stages: a rule, **not measured**; `make aot` checks it for spills."""
 
+from pathlib import Path
+
 import torch
 
 from ...._backends import triton as toolchain
 
+TUNED = Path(__file__).parent.parent / "tuned"
 # Up to as many rows take the kernel of one row: the limit that the op's docstring names.
 FEW_ROWS = 8
 MERGE = {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
@@ -33,6 +36,14 @@ def rule(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
         "num_warps": 4,
         "num_stages": 1 if small or arch.startswith("gfx") else 3,
     }
+
+
+def choose(kernel: str, x: torch.Tensor, format: str, n: int, k: int) -> dict[str, int]:
+    """The launch keywords: measured on this device if there is a table, else `rule`."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    exact = {"kernel": kernel, "dtype": dtype, "format": format}
+    measured = toolchain.measured(TUNED, x.device, exact, {"n": n, "k": k})
+    return measured or rule(kernel, toolchain.arch(x.device), x.dtype)
 
 
 def precision(arch: str, dtype: torch.dtype) -> str:

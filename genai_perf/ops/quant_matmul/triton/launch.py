@@ -79,7 +79,7 @@ def forward(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch
     bias = None if bias is None else bias.contiguous()
     m, device, arch = x.shape[0], x.device, toolchain.arch(x.device)
     if m <= configs.FEW_ROWS:
-        config = configs.rule("gemv", arch, x.dtype)
+        config = configs.choose("gemv", x, weight.format, n, k)
         splits = configs.splits(device, n, k, config)
         parts = x.new_empty(splits, m, n, dtype=torch.float32)
         toolchain.launch(
@@ -92,7 +92,7 @@ def forward(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch
             splits, BIAS=bias is not None, **configs.MERGE,
         )  # fmt: skip
         return y
-    config = configs.rule("gemm", arch, x.dtype)
+    config = configs.choose("gemm", x, weight.format, n, k)
     toolchain.launch(
         _quant_gemm_kernel, -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"]), device, x,
         *weight.pointers, bias, y, x.stride(0), m, n, k, *weight.numbers, BIAS=bias is not None,
@@ -110,7 +110,7 @@ def backward(dy: torch.Tensor, weight: Weight) -> torch.Tensor:
         return dx.zero_()
     dy = dy.reshape(-1, n).contiguous()
     m, arch = dy.shape[0], toolchain.arch(dy.device)
-    config = configs.rule("dx", arch, dy.dtype)
+    config = configs.choose("dx", dy, weight.format, n, k)
     toolchain.launch(
         _quant_gemm_dx_kernel, -(-m // config["BLOCK_M"]) * -(-k // config["BLOCK_K"]), dy.device,
         dy, *weight.pointers, dx, dy.stride(0), m, n, k, *weight.numbers,
