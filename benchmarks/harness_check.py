@@ -23,6 +23,18 @@ def overhead(kernel: float = 100e-6) -> float:
     return run.samples()["nothing"].median / kernel
 
 
+def agreement(x: torch.Tensor, turns: int) -> tuple[list[float], list[float]]:
+    """Medians of short stretches of one call, by this harness and by torch's timer in turn, so
+    that a machine whose speed wanders is seen by both."""
+    run = Interleaver({"x @ x": lambda: x @ x}, warmup_seconds=0.1)
+    timer = benchmark.Timer("x @ x", globals={"x": x})
+    calls, theirs = run.warm["x @ x"].calls_per_sample, []
+    for _ in range(turns):
+        run.run(1)
+        theirs.append(timer.timeit(calls).median)
+    return list(run.samples()["x @ x"].seconds), theirs
+
+
 def steps(count: int):
     """A planted difference: the same small addition, more or less often."""
     x = torch.zeros(1000)
@@ -42,15 +54,10 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"overhead of measuring an empty call: {overhead():.3%} of a 100 us kernel")
 
-    x = torch.randn(160, 160)
-    ratios = []
-    for _ in range(a.runs):
-        theirs = benchmark.Timer("x @ x", globals={"x": x}).blocked_autorange(min_run_time=0.5)
-        ours = Interleaver({"x @ x": lambda: x @ x}, warmup_seconds=0.1)
-        ours.run(60)
-        ratios.append(ours.samples()["x @ x"].median / theirs.median)
-    spread = f"from {min(ratios):.4f} to {max(ratios):.4f}, {theirs.median * 1e6:.0f} us a call"
-    print(f"median over torch.utils.benchmark's: {median(ratios):.4f} ({spread})")
+    ours, theirs = agreement(torch.randn(160, 160), 30 * a.runs)
+    print(f"medians of {len(ours)} stretches in turn: {median(ours) * 1e6:.1f} us, "
+          f"torch.utils.benchmark {median(theirs) * 1e6:.1f} us, "
+          f"ratio {median(ours) / median(theirs):.4f}")  # fmt: skip
 
     for name, count in (("A/A", 100), ("planted 3 %", 103)):
         found, spent = Counter(), 0.0

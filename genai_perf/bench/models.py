@@ -6,6 +6,7 @@ a fresh process first, whose peak is the row's memory, so that running out of it
 and not the run.
 """
 
+import math
 import resource
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..io.checkpoints import Checkpoint
 from . import results
 from .clocks import timer_for
 from .generation import decode_call, prefill_call
@@ -48,6 +50,8 @@ def run(folders: Sequence[Path], settings: Settings, *, batches: Sequence[int] =
         progress: Progress | None = None) -> dict:  # fmt: skip
     """Measure checkpoints, dense or compressed, the first one as the baseline.
 
+    With `settings.total_seconds`, no batch begins later than that; what is left out is named.
+
     Args:
         folders: checkpoint folders.
         settings: device, threads, budget of a row, quick.
@@ -71,12 +75,14 @@ def run(folders: Sequence[Path], settings: Settings, *, batches: Sequence[int] =
     names = [model.name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"bench run model: folders must have different names, got {names}")
-    limit = limit_bytes or int(_SHARE * _free(settings.device))
+    # The rounds hold all models at once, a try only its own.
+    held = sum(Checkpoint(folder).nbytes for folder in folders)
+    limit = limit_bytes or int(_SHARE * _free(settings.device)) - 2 * held
     with pinned(settings.threads, pin=settings.pin):
         settings = replace(settings, threads=torch.get_num_threads())
         about = provenance(settings.device)
         peaks = measure_peaks(settings.device, (torch.float32,))
-        rows = []
+        rows, left_out = [], []
         with FreshProcesses(preload=_PRELOAD) as fresh:
             longest = _positions(folders[0])
             chosen = lengths or ((128,) if settings.quick else (128, 512))
@@ -85,9 +91,12 @@ def run(folders: Sequence[Path], settings: Settings, *, batches: Sequence[int] =
                 for batch, tried in _batches(models, length, batches, fresh, settings, limit):
                     progress("Models", len(rows), 0, f"batch {batch}, {length} tokens")
                     rows += _rows(models, batch, length, tried, settings, peaks)
+                    if (settings.total_seconds or math.inf) < clock.spent():
+                        left_out.append(f"{length} tokens, batches above {batch}")
+                        break
     return clock.report(about, asdict(settings) | {"decode_steps": DECODE_STEPS,
                                                    "limit_bytes": limit},
-                        peaks=peaks.to_dict(), models=rows)  # fmt: skip
+                        peaks=peaks.to_dict(), models=rows, left_out=left_out)  # fmt: skip
 
 
 def _free(device: str) -> int:
@@ -97,42 +106,61 @@ def _free(device: str) -> int:
 
 
 def _positions(folder: Path) -> int:
-    from ..io.checkpoints import Checkpoint
-
     config = Checkpoint(folder).config
     return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
 
 
 def _batches(models: list[_Model], length: int, batches: Sequence[int], fresh: FreshProcesses,
              settings: Settings, limit: int):  # fmt: skip
-    """(batch, name -> what a fresh process found or why it ended), while anything fits."""
+    """(batch, (name, work) -> what a fresh process found or why it ended), while anything fits.
+
+    Once a model's training did not fit, no larger batch of it is tried.
+    """
     most = 2 if settings.quick else _MOST_DOUBLINGS
+    ended: dict[str, dict] = {}
     for batch in batches or (2**i for i in range(most + 1)):
         tried = {}
         for model in models:
-            try:
-                tried[model.name] = fresh.run("genai_perf.bench.models:try_batch", {
-                    "path": str(model.path), "patched": model.patched, "batch": batch,
-                    "length": length, "limit": limit, "threads": settings.threads,
-                    "device": settings.device,
-                }).value  # fmt: skip
-            except RuntimeError as error:
-                said = str(error)
-                full = any(word in said for word in ("allocate memory", "out of memory", "SIGKILL",
-                                                     "MemoryError"))  # fmt: skip
-                tried[model.name] = {"status": "out of memory" if full else "error",
-                                     "reason": " ".join(said.split())[-300:]}  # fmt: skip
+            for work in ("use", "train"):
+                arguments = {"path": str(model.path), "patched": model.patched, "batch": batch,
+                             "length": length, "limit": limit, "threads": settings.threads,
+                             "device": settings.device, "work": work}  # fmt: skip
+                if work == "train" and "peak" not in tried[model.name, "use"]:
+                    found = tried[model.name, "use"]
+                elif work == "train" and model.name in ended:
+                    found = ended[model.name]
+                else:
+                    found = _try(fresh, arguments)
+                if work == "train" and "peak" not in found:
+                    ended[model.name] = found
+                tried[model.name, work] = found
         yield batch, tried
         if not any("peak" in found for found in tried.values()):
             return
 
 
+def _try(fresh: FreshProcesses, arguments: dict) -> dict:
+    try:
+        return fresh.run("genai_perf.bench.models:try_batch", arguments).value
+    except RuntimeError as error:
+        return {"status": "out of memory" if out_of_memory(str(error)) else "error",
+                "reason": " ".join(str(error).split())[-300:]}  # fmt: skip
+
+
+def out_of_memory(said: str) -> bool:
+    """Whether that is how a process or a call ends that finds no memory."""
+    words = ("allocate memory", "out of memory", "SIGKILL", "MemoryError")
+    return any(word in said for word in words)
+
+
 def try_batch(path: str, patched: bool, batch: int, length: int, limit: int, threads: int,
-              device: str) -> dict:  # fmt: skip
-    """Load a model, prefill one batch and decode some tokens within `limit` bytes, in this process.
+              device: str, work: str) -> dict:  # fmt: skip
+    """Load a model and, within `limit` bytes in this process, "use" it (prefill one batch, decode
+    some tokens) or "train" it for a step.
 
     Returns:
-        dict: `peak`, bytes: resident ones, on a GPU those of torch's allocator.
+        dict: `peak`, bytes: resident ones, on a GPU those of torch's allocator; or `status`
+        "skipped" with the reason: a compressed model is not trained.
     """
     torch.set_num_threads(threads)
     if device == "cpu":
@@ -140,8 +168,13 @@ def try_batch(path: str, patched: bool, batch: int, length: int, limit: int, thr
         resource.setrlimit(resource.RLIMIT_AS, (taken + limit, taken + limit))
     model = load(Path(path), patched, device)
     ids = _prompt(model, batch, length)
-    prefill_call(model, ids)()
-    decode_call(model, ids, DECODE_STEPS)()
+    if work == "use":
+        prefill_call(model, ids)()
+        decode_call(model, ids, DECODE_STEPS)()
+    elif not trainable(model):
+        return {"status": "skipped", "reason": "its weights are compressed"}
+    else:
+        training_step(model, ids)()
     if device == "cuda":
         return {"peak": torch.cuda.max_memory_allocated()}
     unit = 1024 if Path("/proc").exists() else 1
@@ -169,7 +202,7 @@ def _prompt(model: nn.Module, batch: int, length: int) -> Tensor:
 
 def _rows(models: list[_Model], batch: int, length: int, tried: dict, settings: Settings,
           peaks: Peaks) -> list[dict]:  # fmt: skip
-    ready = [model for model in models if "peak" in tried[model.name]]
+    ready = [model for model in models if "peak" in tried[model.name, "use"]]
     loaded = {m.name: load(m.path, m.patched, settings.device) for m in ready}
     found: dict[str, Measured] = {}
     if loaded:
@@ -177,17 +210,22 @@ def _rows(models: list[_Model], batch: int, length: int, tried: dict, settings: 
         found["prefill"] = _timed({n: prefill_call(m, ids) for n, m in loaded.items()}, settings)
         found["decode"] = _timed({n: decode_call(m, ids, DECODE_STEPS) for n, m in loaded.items()},
                                  settings)  # fmt: skip
-        if steps := _training(loaded, ids):
+        steps = {name: training_step(model, ids) for name, model in loaded.items()
+                 if "peak" in tried[name, "train"]}  # fmt: skip
+        if steps:
             found["train"] = _timed(steps, settings)
     rows = []
     for model in models:
         row = {"variant": model.name, "batch": batch, "length": length, "status": "ok",
                "reason": None, "decode_steps": DECODE_STEPS}  # fmt: skip
         if model.name not in loaded:
-            rows.append(row | tried[model.name])
+            rows.append(row | tried[model.name, "use"])
             continue
+        train = tried[model.name, "train"]
         rows.append(row | _numbers(model.name, loaded, found, batch, length, peaks)
-                    | {"peak_bytes": tried[model.name]["peak"]})  # fmt: skip
+                    | {"peak_bytes": tried[model.name, "use"]["peak"],
+                       "train_peak_bytes": train.get("peak"),
+                       "train_reason": train.get("reason")})  # fmt: skip
     return rows
 
 
@@ -197,15 +235,11 @@ def _timed(calls: dict[str, Callable[[], object]], settings: Settings) -> Measur
                    stable_seconds=1.0)  # fmt: skip
 
 
-def _training(loaded: dict[str, nn.Module], ids: Tensor) -> dict[str, Callable[[], object]]:
-    """A step of AdamW for the models whose weights are all dense."""
-    from ..nn import QuantLinear
+def trainable(model: nn.Module) -> bool:
+    """Whether all of its weights are dense."""
+    from ..nn import QuantLinear, SparseLinear
 
-    steps = {}
-    for name, model in loaded.items():
-        if not any(isinstance(module, QuantLinear) for module in model.modules()):
-            steps[name] = training_step(model, ids)
-    return steps
+    return not any(isinstance(module, (QuantLinear, SparseLinear)) for module in model.modules())
 
 
 def training_step(model: nn.Module, ids: Tensor) -> Callable[[], object]:

@@ -26,6 +26,11 @@ class Peaks:
     def to_dict(self) -> dict:
         return asdict(self)
 
+    def highest(self, other: "Peaks") -> "Peaks":
+        """The higher of each: what another process took from one measurement it leaves another."""
+        matmul = {kind: max(rate, other.matmul[kind]) for kind, rate in self.matmul.items()}
+        return Peaks(max(self.read, other.read), max(self.copy, other.copy), matmul)
+
 
 @dataclass(frozen=True)
 class Bound:

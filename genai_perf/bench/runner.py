@@ -23,7 +23,7 @@ from .clocks import timer_for
 from .memory import FreshProcesses
 from .problem import Check, Problem, Unsupported, choose
 from .provenance import provenance, triton_kernels
-from .roofline import Bound, Peaks, bound, measure_peaks
+from .roofline import Peaks, bound, measure_peaks
 from .suites import own_names, suite
 from .trace import Trace, pinned
 from .verdict import MIN_PAIRS, measure
@@ -34,6 +34,8 @@ _FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryErr
 _PRELOAD = ("torch", "numpy", "genai_perf.bench.probe", *(f"genai_perf.ops.{op}" for op in OPS))
 # In place of peers: every one that computes the op, those that cannot run here skipped by name.
 ALL = "all"
+# Seconds between two looks at the roof, which the highest one makes.
+_PEAKS_EVERY = 20.0
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -152,24 +154,41 @@ def run(selections: Sequence[Selection], settings: Settings, *, samples: Path | 
         settings = replace(settings, threads=torch.get_num_threads())
         about = provenance(settings.device)
         dtypes = {case.dtype for _, case, _ in work} | {torch.float32}
-        peaks = measure_peaks(settings.device, sorted(dtypes, key=str), timer=timer)
+
+        def measured_peaks() -> Peaks:
+            return measure_peaks(settings.device, sorted(dtypes, key=str), timer=timer)
+
+        peaks, looked = measured_peaks(), clock.spent()
         with _journal(samples) as write, _processes(settings) as fresh:
             for i, (one, case, phase) in enumerate(work):
                 if settings.total_seconds is not None and clock.spent() > settings.total_seconds:
                     left_out.append(f"{one.op} {case.name} {phase}")
                     continue
                 progress("Cases", i, len(work), f"{one.op} {case.name} {phase}")
-                rows.append(_row(one, case, phase, settings, peaks, timer, write, fresh))
+                rows.append(_row(one, case, phase, settings, timer, write, fresh))
+                if clock.spent() - looked > _PEAKS_EVERY or i + 1 == len(work):
+                    peaks, looked = peaks.highest(measured_peaks()), clock.spent()
             progress("Cases", len(work), len(work), "")
+    for row in rows:
+        _under(row, peaks)
     return clock.report(about | {"pinned_to": cores}, asdict(settings), peaks=peaks.to_dict(),
                         rows=rows, left_out=left_out)  # fmt: skip
 
 
-def _row(one: Selection, case, phase: str, settings: Settings, peaks: Peaks, timer,
+def _under(row: dict, peaks: Peaks) -> None:
+    """The roof over a row, and the share of it that each variant reached."""
+    roof = bound(row["flops"], row["floor_bytes"], getattr(torch, row["dtype"]), peaks,
+                 row["cache"])  # fmt: skip
+    row["bound"] = asdict(roof)
+    for variant in row["variants"]:
+        middle = variant["median"]
+        variant["share_of_bound"] = roof.seconds / middle if middle else None
+
+
+def _row(one: Selection, case, phase: str, settings: Settings, timer,
          write: Callable[[dict], None], fresh: FreshProcesses | None) -> dict:  # fmt: skip
     room = suite(one.op)
     problem = room.make(case, phase, settings.device, settings.seed)
-    roof = bound(problem.flops, problem.floor_bytes, problem.dtype, peaks, settings.cache)
     entries, calls = _prepare(one, room, problem, settings)
     ready = [entry for entry in entries if entry.status == "ok"]
     trace, measured = Trace(settings.device), None
@@ -217,10 +236,9 @@ def _row(one: Selection, case, phase: str, settings: Settings, peaks: Peaks, tim
         "flops": problem.flops,
         "floor_bytes": problem.floor_bytes,
         "seed": settings.seed,
-        "bound": asdict(roof),
         "noise": _noise(measured),
         "clocks": trace.summary(),
-        "variants": [_variant(entry, roof, problem) for entry in entries],
+        "variants": [_variant(entry, problem) for entry in entries],
         "comparisons": comparisons,
     }
     if any(entry.own and entry.name == "triton" for entry in ready):
@@ -334,7 +352,7 @@ def _memory(fresh: FreshProcesses, entry: _Entry, about: dict, model: Path | Non
     return found | {"over_floor": held / problem.floor_bytes}
 
 
-def _variant(entry: _Entry, roof: Bound, problem: Problem) -> dict:
+def _variant(entry: _Entry, problem: Problem) -> dict:
     middle = median(entry.seconds) if entry.seconds else None
     check = entry.check
     return {
@@ -347,7 +365,6 @@ def _variant(entry: _Entry, roof: Bound, problem: Problem) -> dict:
         "numerics": entry.numerics,
         "seconds": entry.seconds,
         "median": middle,
-        "share_of_bound": roof.seconds / middle if middle else None,
         "flops_per_s": problem.flops / middle if middle else None,
         "bytes_per_s": problem.floor_bytes / middle if middle else None,
         "memory": entry.memory,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..optim import AdamW8bit
 from . import results
 from .memory import FreshProcesses
-from .models import _PRELOAD, _free, load
+from .models import _PRELOAD, _free, load, out_of_memory
 from .problem import choose
 from .provenance import provenance
 from .runner import Settings
@@ -109,10 +109,9 @@ def run(folder: Path, settings: Settings, *, work: Work | None = None, ways: Seq
             try:
                 found = fresh.run("genai_perf.bench.training:train", arguments)
             except RuntimeError as error:
-                said = " ".join(str(error).split())[-300:]
-                full = any(w in said for w in ("allocate memory", "out of memory", "SIGKILL"))
-                rows.append({"name": name, "status": "out of memory" if full else "error",
-                             "reason": said})  # fmt: skip
+                status = "out of memory" if out_of_memory(str(error)) else "error"
+                reason = " ".join(str(error).split())[-300:]
+                rows.append({"name": name, "status": status, "reason": reason})
                 continue
             rows.append({"name": name, "status": "ok", "reason": None} | found.value)
         progress("Ways to train", len(chosen), len(chosen), "")

@@ -92,6 +92,9 @@ def run_command(
     check: Annotated[
         bool, typer.Option("--check", help="Exit 1 where ours is slower, 2 where undecided.")
     ] = False,
+    limit: Annotated[
+        float | None, typer.Option(help="GB that a model's batch may take; else 80 % of the free.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the inputs; else fresh, and in the file.")
     ] = None,
@@ -106,9 +109,11 @@ def run_command(
                                    budget_seconds=budget, memory=memory, threads=threads, pin=pin,
                                    quick=quick, total_seconds=total, seed=seed)  # fmt: skip
         if op == "model":
-            report = _models(model, batch, length, settings)
+            report = _models(model, batch, length, limit, settings)
             _finish(report, out, None)
             tables.show_models(report["models"], Console())
+            for what in report["left_out"]:
+                typer.echo(f"left out, no time: {what}")
             return
         chosen = []
         for name in SUITES if op == "all" else [op]:
@@ -249,11 +254,12 @@ def train_command(
         typer.echo(str(path))
 
 
-def _models(folders, batch, length, settings) -> dict:
+def _models(folders, batch, length, limit, settings) -> dict:
     from ..bench import models
 
     if not folders:
         raise ValueError("bench run model: --model must name a checkpoint folder")
     with Stages() as stages:
         return models.run(folders, settings, batches=tuple(batch or ()),
-                          lengths=tuple(length or ()), progress=stages.update)  # fmt: skip
+                          lengths=tuple(length or ()), progress=stages.update,
+                          limit_bytes=int(limit * 1e9) if limit else None)  # fmt: skip

@@ -20,8 +20,9 @@ def show_rows(rows: list[dict], console: Console) -> None:
                 "[99 % interval]")  # fmt: skip
     for i, row in enumerate(rows):
         words = [row["op"], row["case"], row["phase"], "hot" if row["cache"] == "hot" else ""]
-        table = Table(box=None, pad_edge=False, padding=(0, 1), show_header=i == 0)
-        table.add_column(headings[0], overflow="fold", width=19)
+        table = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True,
+                      show_header=i == 0)  # fmt: skip
+        table.add_column(headings[0], overflow="fold", width=18)
         for heading, width in zip(headings[1:5], (7, 6, 7, 7), strict=True):
             table.add_column(heading, justify="right", no_wrap=True, width=width)
         table.add_column(headings[5], overflow="fold", width=29)
@@ -67,8 +68,8 @@ def show_matrix(rows: list[dict], console: Console) -> None:
 def show_models(found: list[dict], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("model", overflow="fold", min_width=12)
-    for heading in ("batch", "length", "prefill\ntok/s", "decode\ntok/s", "first\nms", "train\nms",
-                    "MFU", "peak\nmemory"):  # fmt: skip
+    for heading in ("batch", "length", "prefill\ntok/s", "decode\ntok/s", "first\nms",
+                    "peak\nmemory", "train\nms", "MFU", "peak in\ntraining"):  # fmt: skip
         table.add_column(heading, justify="right")
     notes = []
     for row in found:
@@ -80,9 +81,12 @@ def show_models(found: list[dict], console: Console) -> None:
         step, mfu = row["train_step_seconds"], row["mfu"]
         table.add_row(
             name, *size, figures(row["prefill_tokens_per_s"]), figures(row["decode_tokens_per_s"]),
-            figures(1e3 * row["first_token_seconds"]), figures(1e3 * step) if step else "-",
-            f"{mfu:.0%}" if mfu else "-", human_bytes(row["peak_bytes"]),
+            figures(1e3 * row["first_token_seconds"]), human_bytes(row["peak_bytes"]),
+            figures(1e3 * step) if step else "-", f"{mfu:.0%}" if mfu else "-",
+            human_bytes(row["train_peak_bytes"]) if step else "-",
         )  # fmt: skip
+        if row["train_reason"]:
+            notes.append(f"{name}, batch {row['batch']}: no training step: {row['train_reason']}")
         said = [f"{phase} {verdict_words(row[phase])}" for phase in ("prefill", "decode", "train")
                 if row[phase]]  # fmt: skip
         if said:

@@ -61,7 +61,8 @@ def full_report() -> dict:
     report["models"] = [
         {"variant": "tiny", "batch": 1, "length": 64, "status": "ok", "reason": None,
          "prefill_tokens_per_s": 2700.0, "decode_tokens_per_s": 300.0, "first_token_seconds": 0.02,
-         "train_step_seconds": 0.13, "mfu": 0.4, "peak_bytes": 351 << 20},
+         "train_step_seconds": 0.13, "mfu": 0.4, "peak_bytes": 351 << 20,
+         "train_peak_bytes": 450 << 20, "train_reason": None},
         {"variant": "tiny", "batch": 64, "length": 64, "status": "out of memory", "reason": "full"},
     ]  # fmt: skip
     report["training"] = [

@@ -190,3 +190,16 @@ def test_cases_take_the_shapes_of_a_model():
     assert linear["nf4-1x768x256-float32"].k == 256
     assert shapes.cases("quantize", folder)["nf4-768x256-float32"].shape == (768, 256)
     assert shapes.cases("distill_loss", folder)["bench-64"].vocab == 4096
+
+
+def test_the_highest_roof_of_a_run_holds_for_all_of_its_rows(small, monkeypatch):
+    """What other work took from the first look, a later one gives back."""
+    looks = iter(
+        [runner.Peaks(1e9, 2e9, {"float32": 1e6}), runner.Peaks(3e9, 1e9, {"float32": 5e6})]
+    )
+    monkeypatch.setattr(runner, "measure_peaks", lambda *args, **kwargs: next(looks))
+    row, report = run_one()
+    assert report["peaks"] == {"read": 3e9, "copy": 2e9, "matmul": {"float32": 5e6}}
+    assert row["bound"] == {"by": "compute", "seconds": row["flops"] / 5e6}
+    ours = by_name(row)["native"]
+    assert ours["share_of_bound"] == row["bound"]["seconds"] / ours["median"]

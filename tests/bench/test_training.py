@@ -80,13 +80,17 @@ def test_a_model_before_and_after_patch(folder):
         assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0
         assert row["first_token_seconds"] == pytest.approx(16 / row["prefill_tokens_per_s"])
         assert row["train_step_seconds"] > 0 and row["mfu"] > 0 and row["peak_bytes"] > 1 << 20
+        assert row["train_peak_bytes"] > 1 << 20 and row["train_reason"] is None
     assert plain["decode"] is None and patched["decode"]["baseline"] == "small"
 
 
 def test_batches_double_until_memory_ends(monkeypatch):
+    tries = []
+
     class Fresh:
         def run(self, target, arguments):
-            if arguments["batch"] > 4:
+            if arguments["batch"] > (4 if arguments["work"] == "use" else 2):
+                tries.append((arguments["work"], arguments["batch"]))
                 raise RuntimeError(f"{target} failed: DefaultCPUAllocator: can't allocate memory")
             return type("Usage", (), {"value": {"peak": arguments["batch"]}})
 
@@ -94,7 +98,9 @@ def test_batches_double_until_memory_ends(monkeypatch):
     settings = runner.Settings(threads=1)
     found = list(models._batches([model], 8, (), Fresh(), settings, 1 << 30))
     assert [batch for batch, _ in found] == [1, 2, 4, 8]
-    assert found[-1][1]["m"]["status"] == "out of memory"
+    assert found[-1][1]["m", "use"]["status"] == "out of memory"
+    assert found[2][1]["m", "train"]["status"] == "out of memory"
+    assert tries == [("train", 4), ("use", 8)]  # a training that did not fit is not tried larger
 
 
 def test_training_flops_by_hand(folder):
