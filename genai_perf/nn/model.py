@@ -52,14 +52,14 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
     layers = {name: module for name, module in model.named_modules(remove_duplicate=False)
               if isinstance(module, nn.Linear) or dense_weight(module) is not None}  # fmt: skip
     for entry in skip:
-        if entry not in DEFAULT_SKIP and not any(_matches(entry, name) for name in layers):
+        if entry not in DEFAULT_SKIP and not any(matches(entry, name) for name in layers):
             raise ValueError(f"quantize_model: skip entry {entry!r} matches no layer of the model")
     record = QuantizationRecord()
-    unasked = _three_dimensional(model)
+    unasked = three_dimensional(model)
     owners = _owners(model)
     made: dict[int, QuantLinear] = {}
     for name, module in layers.items():
-        asked = next((entry for entry in skip if _matches(entry, name)), None)
+        asked = next((entry for entry in skip if matches(entry, name)), None)
         if asked is not None:
             record.skipped[name] = f"asked for by skip={asked!r}"
         elif (reason := _why_not(module, owners)) is not None:
@@ -89,7 +89,7 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
     return model
 
 
-def _matches(entry: str, name: str) -> bool:
+def matches(entry: str, name: str) -> bool:
     return f".{entry}." in f".{name}."
 
 
@@ -120,7 +120,7 @@ def _why_not(module: nn.Module, owners: dict[int, list[str]]) -> str | None:
     return None
 
 
-def _three_dimensional(model: nn.Module) -> dict[str, str]:
+def three_dimensional(model: nn.Module) -> dict[str, str]:
     """Fused expert weights and the like: 3-D parameters of modules that torch does not define."""
     return {
         f"{prefix}.{name}".lstrip(

@@ -1,0 +1,200 @@
+"""transformers' `quantization_config=GenaiPerfConfig("nf4")`: weights quantized as they are read.
+
+Registered under the name "genai_perf" when `genai_perf.integrations.transformers` is imported. A
+saved model carries no such name: it is written as bitsandbytes (nf4) or compressed-tensors (int4,
+int8, fp8), which transformers and vLLM load without this package.
+"""
+
+import warnings
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import nn
+
+from ..compression import rtn
+from ..io import bitsandbytes, compressed_tensors
+from ..nn import QuantConfig, QuantizationRecord, QuantLinear
+from ..nn.linear import dense_weight
+from ..nn.model import DEFAULT_SKIP, matches, three_dimensional
+
+NAME = "genai_perf"
+STORED = ("nf4", "int4", "int8", "fp8")
+
+
+class LoadingQuantizer:
+    """What the class of transformers asks: which layers, each as it comes, and what is saved."""
+
+    def __init__(self, config: QuantConfig, skip: tuple[str, ...]):
+        self.config, self.skip = config, skip
+        self.record = QuantizationRecord()
+        self.wanted: set[str] = set()
+
+    def choose(self, model: nn.Module, others: list[str]) -> None:
+        """Settles which linear layers of a model without weights are quantized; `others` are left
+        dense too."""
+        linears = {n: m for n, m in model.named_modules() if dense_weight(m) is not None}
+        for entry in self.skip:
+            if entry not in DEFAULT_SKIP and not any(matches(entry, name) for name in linears):
+                raise ValueError(f"GenaiPerfConfig: skip entry {entry!r} matches no linear layer "
+                                 f"of {type(model).__name__}")  # fmt: skip
+        for name in linears:
+            asked = next((e for e in self.skip if matches(e, name)), None)
+            if asked is not None:
+                self.record.skipped[name] = f"asked for by skip={asked!r}"
+            elif any(matches(entry, name) for entry in others):
+                self.record.skipped[name] = "transformers keeps it: tied, a head, or float32"
+            else:
+                self.wanted.add(name)
+        if not self.wanted:
+            raise ValueError(f"GenaiPerfConfig: {type(model).__name__} has no linear layer to "
+                             f"quantize ({len(self.record.skipped)} are skipped)")  # fmt: skip
+        experts = three_dimensional(model)
+        self.record.skipped.update(experts)
+        if experts:
+            warnings.warn("GenaiPerfConfig leaves dense: " + "; ".join(
+                f"{name} ({why})" for name, why in experts.items()), stacklevel=2)  # fmt: skip
+
+    def place(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
+        """The quantized layer, in the place of the linear one `name`."""
+        linear, config = model.get_submodule(name), self.config
+        weight = weight if isinstance(linear, nn.Linear) else weight.T.contiguous()
+        qweight = rtn.solve(
+            weight, None, format=config.format, group_size=config.group_size,
+            symmetric=config.symmetric, double_quant=config.double_quant,
+            granularity=config.granularity, scale_dtype=weight.dtype, name=name,
+        ).qweight  # fmt: skip
+        n, k = weight.shape
+        made = QuantLinear(k, n, replace(qweight, dtype=weight.dtype), linear.bias,
+                           activations=config.activations)  # fmt: skip
+        for buffer in made.weight.buffers():
+            buffer._is_hf_initialized = True
+        model.set_submodule(name, made.train(linear.training))
+        self.record.quantized[name] = config.format
+
+    def stored(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
+        """The state dict of a checkpoint that others read, and its `quantization_config`."""
+        state, schemes = model.state_dict(), {}
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        for name, layer in layers.items():
+            qweight = layer.weight.tensor()
+            for key in qweight.state_dict(f"{name}.weight."):
+                del state[key]
+            if qweight.format == "nf4":
+                # The maps are the same tensor for all layers, which save_pretrained refuses.
+                encoded = bitsandbytes.encode(name, qweight)
+                state |= {k: t.clone() if "quant_map" in k else t for k, t in encoded.items()}
+            else:
+                state |= compressed_tensors.encode(name, qweight)
+                schemes[name] = compressed_tensors.scheme(qweight)
+        dense = [n for n, m in model.named_modules() if dense_weight(m) is not None]
+        if schemes:
+            return state, compressed_tensors.quantization_config(schemes, dense)
+        return state, bitsandbytes.quantization_config(
+            dtype=model.dtype, skip=dense, double_quant=self.config.double_quant
+        )
+
+
+def dense_again(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Every QuantLinear as an nn.Linear of what it stands for, in place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantLinear):
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(layer.weight.tensor().dequantize(dtype))
+            linear.bias = layer.bias
+            model.set_submodule(name, linear.train(layer.training))
+    return model
+
+
+@cache
+def register() -> type:
+    """Makes the name known to transformers; gives GenaiPerfConfig."""
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers import HfQuantizer
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(NAME)
+    class GenaiPerfConfig(QuantizationConfigMixin):
+        """`from_pretrained(..., quantization_config=GenaiPerfConfig("nf4"))`.
+
+        Args:
+            format: "nf4", "int4", "int8", "fp8", or another of `genai_perf.formats.FORMATS`, which
+                no checkpoint holds.
+            skip: layers to leave dense, as `genai_perf.quantize_model` takes them.
+            group_size, double_quant, symmetric, granularity, activations: as QuantConfig.
+
+        Raises:
+            ValueError: an option that the format does not have.
+        """
+
+        def __init__(self, format: str = "nf4", *, skip: tuple[str, ...] = DEFAULT_SKIP,
+                     group_size: int | None = None, double_quant: bool = False,
+                     symmetric: bool = True, granularity: str | None = None,
+                     activations: str | None = None):  # fmt: skip
+            self.quant_method = NAME
+            self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
+            self.options = QuantConfig(format, group_size, double_quant, symmetric, granularity,
+                                       activations=activations)  # fmt: skip
+            self.stored: dict | None = None  # what a saved checkpoint says instead
+
+        def to_dict(self) -> dict:
+            if self.stored is not None:
+                return self.stored
+            return {"quant_method": NAME, "format": self.options.format, "skip": list(self.skip)}
+
+    class Quantize(ConversionOps):
+        def __init__(self, quantizer):
+            self.quantizer = quantizer
+
+        def convert(self, input_dict, model=None, missing_keys=None, **rest):
+            for name, value in input_dict.items():
+                weight = value[0] if isinstance(value, list) else value
+                self.quantizer.loading.place(model, name.removesuffix(".weight"), weight)
+                missing_keys.discard(name)
+            return {}
+
+    @register_quantizer(NAME)
+    class GenaiPerfQuantizer(HfQuantizer):
+        def __init__(self, quantization_config, **rest):
+            super().__init__(quantization_config, **rest)
+            self.loading = LoadingQuantizer(quantization_config.options, quantization_config.skip)
+
+        def validate_environment(self, *args, device_map=None, **rest):
+            if isinstance(device_map, dict) and "disk" in device_map.values():
+                raise ValueError("GenaiPerfConfig: quantized layers cannot be left on the disk; "
+                                 "give a device_map without 'disk'")  # fmt: skip
+
+        def _process_model_before_weight_loading(self, model, **rest):
+            kept = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+            self.loading.choose(model, kept)
+
+        def param_needs_quantization(self, model, param_name: str, **rest) -> bool:
+            return param_name.removesuffix(".weight") in self.loading.wanted
+
+        def get_quantize_ops(self):
+            return Quantize(self)
+
+        def _process_model_after_weight_loading(self, model, **rest):
+            model.quantization_record = self.loading.record
+            return model
+
+        def get_state_dict_and_metadata(self, model):
+            state, self.quantization_config.stored = self.loading.stored(model)
+            return state, {}
+
+        def _dequantize(self, model, dtype=None):
+            return dense_again(model, dtype)
+
+        def is_serializable(self) -> bool:
+            return self.quantization_config.options.format in STORED
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+        @property
+        def is_compileable(self) -> bool:
+            return True
+
+    return GenaiPerfConfig

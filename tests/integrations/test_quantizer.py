@@ -1,0 +1,93 @@
+"""from_pretrained with a GenaiPerfConfig, and what save_pretrained writes."""
+
+import json
+
+import pytest
+import torch
+
+import genai_perf as gp
+from genai_perf.models import tiny_python_lm
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from genai_perf.integrations.transformers import GenaiPerfConfig  # noqa: E402
+
+WAYS = [
+    {"format": "nf4"},
+    {"format": "nf4", "double_quant": True},
+    {"format": "int8"},
+    {"format": "int4", "group_size": 64},
+    {"format": "fp8"},
+]
+IDS = torch.arange(40).view(2, 20) * 7
+LOAD = transformers.AutoModelForCausalLM.from_pretrained
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", WAYS, ids=lambda o: "-".join(map(str, o.values())))
+def test_quantized_while_loading(options, dtype, tmp_path):
+    folder = tiny_python_lm()
+    model = LOAD(folder, dtype=dtype, quantization_config=GenaiPerfConfig(**options))
+    layers = [m for m in model.modules() if isinstance(m, gp.QuantLinear)]
+    assert len(layers) == 28 == len(model.quantization_record.quantized)
+    assert {m.weight.format for m in layers} == {options["format"]}
+    dense = logits(LOAD(folder, dtype=dtype))
+    got = logits(model)
+    assert 0 < (got - dense).norm() < 0.25 * dense.norm()
+    if options["format"] == "nf4" and dtype == torch.float32:
+        twin = gp.quantize_model(LOAD(folder, dtype=dtype), gp.nn.QuantConfig(**options))
+        assert torch.equal(logits(twin), got)
+
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == (
+        "bitsandbytes" if options["format"] == "nf4" else "compressed-tensors"
+    )
+    assert torch.equal(logits(gp.load_compressed(tmp_path)), got)
+    plain = LOAD(tmp_path, dtype=dtype)
+    assert not any(isinstance(m, gp.QuantLinear) for m in plain.modules())
+    # bitsandbytes' kernel for AVX512-BF16 rounds activations to bfloat16.
+    exact = dtype == torch.float32 and options["format"] != "nf4"
+    rounding = 1e-4 if exact else 0.03
+    assert (logits(plain) - got).norm() < rounding * got.norm()
+
+
+def test_conv1d_and_generate(tmp_path):
+    config = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")
+    model = LOAD(tmp_path / "dense", quantization_config=GenaiPerfConfig("int8"))
+    assert len(model.quantization_record.quantized) == 8
+    assert "lm_head" in model.quantization_record.skipped
+    dense = logits(LOAD(tmp_path / "dense"))
+    assert (logits(model) - dense).norm() < 0.02 * dense.norm()
+    assert model.generate(IDS, max_new_tokens=5, do_sample=False).shape == (2, 25)
+    back = model.dequantize()
+    assert not any(isinstance(m, gp.QuantLinear) for m in back.modules())
+    torch.testing.assert_close(logits(back), logits(model))
+
+
+def test_skipped_layers_stay_dense_and_are_named():
+    config = GenaiPerfConfig("int4", skip=("lm_head", "layers.0", "down_proj"))
+    model = LOAD(tiny_python_lm(), quantization_config=config)
+    names = {n for n, m in model.named_modules() if isinstance(m, gp.QuantLinear)}
+    assert len(names) == 18 and not any("layers.0" in n or "down_proj" in n for n in names)
+    told = {layer.name: layer.reason for layer in gp.explain(model).layers}
+    assert told["model.layers.0.mlp.up_proj"] == "asked for by skip='layers.0'"
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match="format must be one of"):
+        GenaiPerfConfig("nf5")
+    with pytest.raises(ValueError, match="granularity must be left out"):
+        GenaiPerfConfig("nf4", granularity="row")
+    with pytest.raises(ValueError, match="skip entry 'layer.0' matches no linear layer"):
+        LOAD(tiny_python_lm(), quantization_config=GenaiPerfConfig(skip=("layer.0",)))
+    model = LOAD(tiny_python_lm(), quantization_config=GenaiPerfConfig("fp8_e5m2"))
+    with pytest.raises(ValueError, match="genai_perf and is not serializable"):
+        model.save_pretrained(tmp_path)
