@@ -14,7 +14,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("file", ["triton_attention_cases.py", "triton_attention_rules_cases.py"])
+@pytest.mark.parametrize("file", ["triton_attention_cases.py", "triton_attention_rules_cases.py",
+                                  "test_attention_promises.py"])  # fmt: skip
 def test_cases(file, mode):
     run_cases(file, mode)
 

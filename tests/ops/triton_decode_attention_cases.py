@@ -66,24 +66,6 @@ def test_oracle(case, dtype, monkeypatch):
                                        equal_nan=True)  # fmt: skip
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_paged_is_contiguous_bit_for_bit(page_size):
-    case = cases.Case("", (90, 33), headdim=16, spare=6, num_splits=2)
-    want = run(make_inputs(case), "triton")
-    got = run(make_inputs(replace(case, page_size=page_size)), "triton")
-    assert same(got[0], want[0]) and same(got[1], want[1])
-
-
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_fixed_splits_do_not_see_the_batch(num_splits):
-    inputs = make_inputs(cases.Case("", (90, 7, 33), headdim=16, num_splits=num_splits))
-    want = run(inputs, "triton")
-    for i in range(3):
-        one = {n: x[i : i + 1] if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
-        got = run(one, "triton")
-        assert same(got[0], want[0][i : i + 1]) and same(got[1], want[1][i : i + 1])
-
-
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_quantized_appends_are_the_references(dtype):
     base = torch.cat([torch.arange(-40.0, 40.0) / 2, torch.logspace(-12, 4, 79),
