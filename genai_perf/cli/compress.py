@@ -21,6 +21,14 @@ def command(
         Path | None,
         typer.Option(help="Text, .txt, .json or .jsonl; else Python's standard library's source."),
     ] = None,
+    heldout: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text for the report's KL, top-1 agreement and perplexity; else modules "
+            "of Python's standard library that the default calibration leaves "
+            "out."
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     max_seqlen: Annotated[
         int | None,
@@ -49,11 +57,16 @@ def command(
         need("hf", "transformers")
         import genai_perf as gp
 
+        from .. import models
+
         chosen = gp.Recipe.of(recipe)
         steps = (*chosen.steps, *(step for _, those in chosen.rules for step in those))
         if pack_sparse and not any(step.prunes for step in steps):
             raise ValueError(f"--pack-sparse: recipe {chosen.name} prunes nothing")
         texts = _texts(calibration) if chosen.needs_calibration else None
+        unseen = heldout or [text[:20_000] for _, text in models.stdlib_text("heldout")]
+        if heldout is None and not any(source.glob("tokenizer*.json")):
+            unseen = None  # no text can be read
         with Stages() as stages:
             report = gp.compress(
                 source,
@@ -65,6 +78,7 @@ def command(
                 int8=int8,
                 activations=activations,
                 restart=restart,
+                heldout=unseen,
                 progress=lambda done, total, what: stages.update("Blocks", done, total, what),
             )
         Console().print(str(report), markup=False, highlight=False)

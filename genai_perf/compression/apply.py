@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from .._errors import CalibrationError, CheckpointError
-from ..formats import QuantizedTensor
 from ..io import bitsandbytes, compressed_tensors
 from . import layer as one_layer
 from . import owl
@@ -25,7 +24,7 @@ from .recipe import Recipe
 from .report import LayerReport
 from .rules import check_fused
 from .stages import calibrate, stages_of
-from .steps import GPTQ, RTN
+from .stored_block import encode, put_block
 
 # Tokens that go through a block at once; more would hold larger activations for no more speed.
 BATCH_TOKENS = 4096
@@ -154,7 +153,8 @@ def compress_blocks(
         if i < len(finished):
             one = finished[i]
             if hidden:
-                _replay_block(model, i, dict(store.read(i)), one, hidden, kwargs[i])
+                put_block(model, i, dict(store.read(i)), one.schemes)
+                _advance(model, i, hidden, kwargs[i])
         else:
             one = _compress_block(model, i, recipes[i], folds, store, int8, hidden, kwargs[i])
         outcome.add(one)
@@ -201,27 +201,6 @@ def _compress_block(
         tensors |= replacement
     store.write(tensors, outcome.to_dict())
     return outcome
-
-
-def _replay_block(
-    model: BlockModel,
-    i: int,
-    tensors: Mapping[str, torch.Tensor],
-    outcome: Outcome,
-    hidden: MutableSequence[torch.Tensor],
-    kwargs: list[dict],
-) -> None:
-    """Replaces block i's inputs in `hidden` by the outputs of its compressed weights, which are
-    `tensors`, as the call that wrote them did."""
-    model.load_block(i)
-    for name in model.block_tensors(i).keys() & tensors.keys():
-        model.set_tensor(name, tensors[name])  # folds change normalizations too
-    for name, linear in model.linears(i).items():
-        if name in outcome.schemes:
-            weight = _decode(name, tensors, outcome.schemes[name])
-            weight = weight.dequantize(model.stored_dtype(model.tensor_name(name, linear)))
-            model.set_weight(linear, weight)
-    _advance(model, i, hidden, kwargs)
 
 
 def _advance(
@@ -284,20 +263,21 @@ def _check_holdable(model: BlockModel, recipe: Recipe) -> None:
 def _compress_linears(
     model: BlockModel,
     linears: Mapping[str, Layer],
-    hessians: Mapping[str, Hessian],
+    hessians: dict[str, Hessian],
     recipe: Recipe,
     int8: str,
     outcome: Outcome,
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Compresses the linears in place; returns the stored tensors of the quantized ones."""
-    stored = {}
+    """Compresses the linears in place; returns the stored tensors of the quantized ones. Hessians
+    are taken out as their layers are done, so that the largest one is not alive beside all."""
+    stored, calibrated = {}, set(hessians)
     shared: dict[Hessian, Inputs] = {}
     for name, linear in linears.items():
-        hessian = hessians.get(name)
+        hessian = hessians.pop(name, None)
         tokens = hessian.tokens if hessian else 0
         weight = model.get_weight(linear).to(model.stored_dtype(model.tensor_name(name, linear)))
         started = time.perf_counter()
-        one, notes = _recipe_of(name, linear, recipe, hessians)
+        one, notes = _recipe_of(name, linear, recipe, calibrated)
         if one is None:
             outcome.layers.append(_report(name, "dense", weight, None, 0.0, tokens, 0.0, notes))
             continue
@@ -309,7 +289,7 @@ def _compress_linears(
         model.set_weight(linear, result.weight)
         tensors = None
         if result.qweight is not None:
-            tensors, scheme = _encode(name, result.qweight, int8, one.quantizer)
+            tensors, scheme = encode(name, result.qweight, int8, one.quantizer)
             outcome.schemes[name] = scheme
             stored[name] = tensors
         outcome.layers.append(
@@ -339,27 +319,6 @@ def _recipe_of(
         notes += (f"no calibration token was routed to it: {instead.name} in place of {one.name}",)
         one = instead
     return one, notes
-
-
-def _encode(
-    name: str, qweight: QuantizedTensor, int8: str, quantizer: RTN | GPTQ
-) -> tuple[dict[str, torch.Tensor], compressed_tensors.Scheme | None]:
-    if qweight.format == "nf4":
-        return bitsandbytes.encode(name, qweight), None
-    activations = getattr(quantizer, "activations", None) is not None
-    int8 = "int-quantized" if activations else int8
-    scheme = compressed_tensors.scheme(qweight, int8=int8)
-    tensors = compressed_tensors.encode(name, qweight, int8=int8)
-    return tensors, scheme._replace(activations=activations)
-
-
-def _decode(
-    name: str, tensors: Mapping[str, torch.Tensor], scheme: compressed_tensors.Scheme | None
-) -> QuantizedTensor:
-    """What `_encode` was given."""
-    if scheme is None:
-        return bitsandbytes.decode(name, tensors)
-    return compressed_tensors.decode(name, tensors, scheme)
 
 
 def _report(name, recipe, weight, qweight, error, tokens, seconds, notes) -> LayerReport:

@@ -44,6 +44,10 @@ class Folds:
             for b, batch in enumerate(hidden):
                 hidden[b] = self._rotation.stream(batch).to(batch.dtype)
 
+    def leave(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The outputs of the last block as the original model's final norm and head take them."""
+        return self._rotation.stream.back(hidden).to(hidden.dtype) if self._rotation else hidden
+
     def before_calibration(self, i: int) -> tuple[str, ...]:
         """Folds what needs no calibration into block i, loaded; returns notes."""
         if not self._rotation:

@@ -1,5 +1,6 @@
 """What a compression did, layer by layer, as data that report.json holds."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -59,6 +60,7 @@ class Report:
         peak_rss_bytes: highest resident memory of the process so far.
         versions: of python, torch, transformers, genai_perf.
         notes: what concerns no single layer.
+        quality: `Quality` on held-out text as a dict; None where no such text was given.
     """
 
     recipe: dict
@@ -73,6 +75,12 @@ class Report:
     peak_rss_bytes: int
     versions: dict[str, str]
     notes: tuple[str, ...] = field(default=())
+    quality: dict | None = None
+
+    @property
+    def recipe_hash(self) -> str:
+        """sha256 of the recipe as JSON with sorted keys."""
+        return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
 
     @property
     def error(self) -> float:
@@ -89,14 +97,16 @@ class Report:
 
     def to_dict(self) -> dict:
         totals = {"error": self.error, "sparsity": self.sparsity}
-        return {"schema": SCHEMA, **asdict(self), "totals": totals}
+        return {"schema": SCHEMA, **asdict(self), "recipe_hash": self.recipe_hash,
+                "totals": totals}  # fmt: skip
 
     @classmethod
     def from_dict(cls, data: dict) -> "Report":
         """Reads what `to_dict` gave, also through JSON."""
         if data.get("schema") != SCHEMA:
             raise ValueError(f"report: schema must be {SCHEMA}, got {data.get('schema')!r}")
-        values = {f.name: data[f.name] for f in fields(cls)}
+        values = {f.name: data[f.name] for f in fields(cls) if f.name != "quality"}
+        values["quality"] = data.get("quality")  # which older reports do not have
         layers = tuple(LayerReport.from_dict(entry) for entry in values["layers"])
         values |= {"layers": layers, "notes": tuple(values["notes"])}
         return cls(**values)
@@ -116,6 +126,14 @@ class Report:
         if self.layers:
             worst = max(self.layers, key=lambda layer: layer.error)
             lines.append(f"largest error {worst.error:.4f}: {worst.name}")
+        if self.quality:
+            found = self.quality
+            line = (f"on {found['tokens']} held-out tokens: KL to the original {found['kl']:.4f} "
+                    f"nats, same top token {found['top1']:.1%}")  # fmt: skip
+            if found["perplexity"] is not None:
+                line += (f", perplexity {found['perplexity_before']:.3f} -> "
+                         f"{found['perplexity']:.3f}")  # fmt: skip
+            lines.append(line)
         lines += self.notes
         named: dict[str, list[str]] = {}
         for layer in self.layers:

@@ -41,6 +41,11 @@ class Rotation:
         work = x.float() * self._signs.to(x.device)
         return _mixed(work, self._power, self._small.to(x.device))
 
+    def back(self, x: torch.Tensor) -> torch.Tensor:
+        """x Q^T, the inverse: Hadamard matrices are their own."""
+        work = _mixed(x.float().clone(), self._power, self._small.T.to(x.device))
+        return work * self._signs.to(x.device)
+
     def rows(self, matrix: torch.Tensor) -> torch.Tensor:
         """Q^T M for M (size, columns)."""
         return self(matrix.T).T

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ..compression import calibration as text
 from ..compression import folding
 from ..compression.activations import OnDisk
 from ..compression.apply import Progress, compress_blocks, quantization_config
+from ..compression.quality import measure
 from ..compression.recipe import Recipe
 from ..compression.report import Report
 from ..io import compressed_tensors
@@ -43,6 +45,8 @@ def compress(
     int8: str = "int-quantized",
     activations: str = "memory",
     restart: bool = False,
+    heldout: str | Path | Sequence[str] | torch.Tensor | None = None,
+    n_heldout: int = 4,
     progress: Progress | None = None,
 ) -> Report:
     """Compresses a checkpoint folder into a new one that transformers loads, block by block.
@@ -68,6 +72,9 @@ def compress(
         activations: where the layer inputs of all windows live, 4 bytes x hidden size a token on a
             CPU: "memory", or "disk" for files beside dst.
         restart: drop the finished blocks of an earlier call.
+        heldout: text or token ids, as calibration, on which the report compares the result with
+            the original (`compression.quality`); None: it does not.
+        n_heldout: windows of it, of at most 256 tokens.
         progress: called with (blocks finished, blocks in all, what runs now).
 
     Returns:
@@ -83,6 +90,8 @@ def compress(
     recipe = Recipe.of(recipe)
     if isinstance(calibration, str | Path):
         calibration = text.read_texts(calibration)
+    if isinstance(heldout, str | Path):
+        heldout = text.read_texts(heldout)
     if calibration is None and recipe.needs_calibration:
         raise CalibrationError(f"recipe {recipe.name} needs calibration text, got none")
     check_choice("compress", "int8", int8, compressed_tensors.INT8_LAYOUTS)
@@ -96,6 +105,10 @@ def compress(
     windows = None
     if calibration is not None:
         windows = _windows(model, calibration, max_seqlen, n_samples, seed)
+    unseen = None
+    if heldout is not None:
+        unseen = _windows(model, heldout, min(256, max_seqlen or 256, _limit(model) or 256),
+                          n_heldout, seed)  # fmt: skip
     key = {
         "source": _hash_files(checkpoint),
         "recipe": recipe.to_dict(),
@@ -121,6 +134,9 @@ def compress(
         for name, tensor in folding.outside(model, recipe):
             if name not in writer:
                 writer.write({name: tensor})
+        quality = None
+        if unseen is not None:
+            quality = asdict(measure(model, recipe, writer, unseen))
         notes = [f"{name}: not carried over: the model has no such tensor" for name in model.unused]
         report = Report(
             recipe=recipe.to_dict(),
@@ -135,6 +151,7 @@ def compress(
             peak_rss_bytes=_peak_rss(),
             versions=key["versions"],
             notes=(*outcome.notes, *notes),
+            quality=quality,
         )
         writer.write_json("report.json", report.to_dict())
         config = folding.config(recipe, checkpoint.config)
@@ -160,10 +177,15 @@ def _layer_inputs(where: str, writer: ResumableWriter) -> Iterator[MutableSequen
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _limit(model: CheckpointModel) -> int | None:
+    """The most tokens that the model takes, where its config says it."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def _windows(model: CheckpointModel, calibration: Sequence[str] | torch.Tensor,
              max_seqlen: int | None, n_samples: int, seed: int) -> torch.Tensor:  # fmt: skip
     vocab_size = model.model.get_input_embeddings().num_embeddings
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = _limit(model)
     if isinstance(calibration, torch.Tensor):
         ids = calibration
         if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
