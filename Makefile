@@ -10,7 +10,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.dev-stamp
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: bench bench-gpu browser demo test aot dev native sanitize fuzz check clean
+.PHONY: bench bench-gpu browser demo test aot dev native sanitize fuzz check check-gptqmodel clean
 
 demo: dev
 	$(VENV)/bin/genaiperf demo
@@ -88,6 +88,15 @@ N ?= 200
 SEED ?= 0
 fuzz: dev native
 	$(PY) tests/ops/attention_fuzz.py --n $(N) --seed $(SEED)
+
+# GPTQModel's torch kernel reads our GPTQ files. It needs torch 2.14 or newer, so it has an
+# environment of its own; its package has no wheel and builds with what is installed there.
+GPTQMODEL := .venv-gptqmodel
+check-gptqmodel: native
+	test -x $(GPTQMODEL)/bin/python || $(PYTHON) -m venv $(GPTQMODEL)
+	$(GPTQMODEL)/bin/python -m pip install -q 'torch>=2.14.1' numpy 'setuptools>=84.2.1,<85' wheel
+	$(GPTQMODEL)/bin/python -m pip install -q --no-build-isolation gptqmodel==7.7.0
+	PYTHONPATH=. $(GPTQMODEL)/bin/python tests/io/gptqmodel_reader.py
 
 check:
 	$(PY) -m ruff check .

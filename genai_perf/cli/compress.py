@@ -61,7 +61,7 @@ def command(
 
         chosen = gp.Recipe.of(recipe)
         steps = (*chosen.steps, *(step for _, those in chosen.rules for step in those))
-        if pack_sparse and not any(step.prunes for step in steps):
+        if pack_sparse and not any(step.kind == "prune" for step in steps):
             raise ValueError(f"--pack-sparse: recipe {chosen.name} prunes nothing")
         texts = _texts(calibration) if chosen.needs_calibration else None
         unseen = heldout or [text[:20_000] for _, text in models.stdlib_text("heldout")]

@@ -119,10 +119,12 @@ def test_what_stands_in():
     def names(*steps):
         return without_calibration(Recipe(steps)).name
 
-    assert names(SparseGPT(pattern="4:8"), GPTQ(group_size=32)) == "magnitude-4:8+int4-rtn"
+    assert names(SparseGPT(pattern="4:8"), GPTQ(group_size=32)) == "magnitude-4:8+int4-rtn-mse"
     assert names(Wanda(sparsity=0.6, allocation="owl")) == "magnitude-0.6"
     rtn = without_calibration(Recipe((GPTQ(bits=8, group_size=-1),))).quantizer
     assert (rtn.format, rtn.group_size) == ("int8", None)
+    plain = without_calibration(Recipe((GPTQ(search=False),))).quantizer
+    assert plain.search is None
     rtn = without_calibration(Recipe((GPTQ(group_size=32, symmetric=False),))).quantizer
     assert (rtn.format, rtn.group_size, rtn.symmetric) == ("int4", 32, False)
 
