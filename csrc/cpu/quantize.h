@@ -13,7 +13,7 @@ namespace gp {
 enum class QuantizeStatus : int { ok = 0, nonfinite = 1, scale_overflow = 2 };
 
 // How one element is held in a byte.
-enum class Code8 : int { s8 = 0, e4m3fn = 1, e5m2 = 2 };
+enum class Code8 : int { s8 = 0, e4m3fn = 1, e5m2 = 2, e4m3_240 = 3 };
 
 // int8 and fp8: a scale for each row_block x col_block tile of each of `batch` matrices, or one for
 // everything where row_block is 0. int8 takes whole rows only.

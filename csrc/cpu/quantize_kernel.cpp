@@ -270,6 +270,7 @@ struct Fp8Code {
   }
 };
 template <bool KEEP_NAN> using E4m3fn = Fp8Code<3, 7, 448, 0x7f, KEEP_NAN>;
+template <bool KEEP_NAN> using E4m3To240 = Fp8Code<3, 7, 240, 0x7f, KEEP_NAN>;
 template <bool KEEP_NAN> using E5m2 = Fp8Code<2, 15, 57344, 0x7f, KEEP_NAN>;
 
 template <DType T, class Code>
@@ -360,6 +361,8 @@ int quantize_scaled(const ScaledArgs& a, const void* x, DType dtype, uint8_t* q,
       case Code8::s8: return quantize_tiles<T, Int8Code>(a, x, q, scale, false, &found);
       case Code8::e4m3fn: return quantize_fp8<T, E4m3fn>(a, x, q, scale, allow_nonfinite, &found);
       case Code8::e5m2: return quantize_fp8<T, E5m2>(a, x, q, scale, allow_nonfinite, &found);
+      case Code8::e4m3_240:
+        return quantize_fp8<T, E4m3To240>(a, x, q, scale, allow_nonfinite, &found);
     }
   });
   return found.get();

@@ -48,7 +48,8 @@ std::vector<uint8_t> all_bytes(int threads) {
   };
   std::vector<uint8_t> q(n), zero(rows * 8);
   std::vector<float> scale(rows * 64), out(n);
-  for (gp::Code8 code : {gp::Code8::s8, gp::Code8::e4m3fn, gp::Code8::e5m2}) {
+  for (gp::Code8 code : {gp::Code8::s8, gp::Code8::e4m3fn, gp::Code8::e5m2,
+                          gp::Code8::e4m3_240}) {
     const gp::ScaledArgs a{1, rows, cols, 1, cols, code, threads};
     check(!GP_KERNEL(quantize_scaled)(a, x.data(), gp::DType::f32, q.data(), scale.data(), false),
           "quantize_scaled");

@@ -5,13 +5,13 @@ from types import MappingProxyType
 from .._checks import check_choice
 from .base import Format, QuantizedTensor, Spec
 from .dynamic8 import DYNAMIC8
-from .fp8 import FP8, FP8_E5M2
+from .fp8 import FP8, FP8_240, FP8_E5M2
 from .int4 import INT4
 from .int8 import INT8
 from .nf4 import FORMAT as NF4
 from .sparse_tensor import SparseTensor
 
-FORMATS = MappingProxyType({f.name: f for f in (INT8, FP8, FP8_E5M2, NF4, INT4, DYNAMIC8)})
+FORMATS = MappingProxyType({f.name: f for f in (INT8, FP8, FP8_E5M2, FP8_240, NF4, INT4, DYNAMIC8)})
 
 __all__ = ["FORMATS", "Format", "QuantizedTensor", "SparseTensor", "Spec", "get"]
 

@@ -1,4 +1,4 @@
-"""fp8: e4m3fn and e5m2 with fp32 scales for the tensor, a row or a 128x128 block."""
+"""fp8: e4m3fn (to 448 or 240) and e5m2, fp32 scales for the tensor, a row or a 128x128 block."""
 
 import torch
 
@@ -15,16 +15,16 @@ class Fp8(Format):
 
     granularity "tensor": scale (1, ..., 1), group_size 0; "row": (..., 1), group_size -1;
     "block": (..., ceil(N/128), ceil(K/128)), group_size 128. The cast rounds half to even and
-    saturates at +-fmax (448 for e4m3fn, 57344 for e5m2); with allow_nonfinite the scale is that of
-    the finite elements, infinities saturate and NaN stays NaN.
+    saturates at +-fmax (448 for e4m3fn, 57344 for e5m2, 240 for fp8_240); with allow_nonfinite the
+    scale is that of the finite elements, infinities saturate and NaN stays NaN.
     Source: FP8 Formats for Deep Learning, arXiv:2209.05433, section 3.
     """
 
     options = ("granularity", "group_size", "allow_nonfinite")
 
-    def __init__(self, name: str, code_dtype: torch.dtype):
+    def __init__(self, name: str, code_dtype: torch.dtype, largest: float | None = None):
         self.name, self.code_dtype = name, code_dtype
-        self.max = torch.finfo(code_dtype).max
+        self.max = torch.finfo(code_dtype).max if largest is None else largest
 
     def _resolve(self, *, granularity: str | None = None, group_size: int | None = None,
                 allow_nonfinite: bool = False) -> Spec:  # fmt: skip
@@ -87,4 +87,6 @@ def _spread(scale: torch.Tensor, shape: tuple[int, ...], group_size: int) -> tor
 
 FP8 = Fp8("fp8", torch.float8_e4m3fn)
 FP8_E5M2 = Fp8("fp8_e5m2", torch.float8_e5m2)
+# e4m3 as AWS trn1 and trn2 have it, without the codes above 240.
+FP8_240 = Fp8("fp8_240", torch.float8_e4m3fn, 240.0)
 quantize, dequantize = FP8.quantize, FP8.dequantize

@@ -8,6 +8,7 @@ from test_quant_matmul import backward, check, make, oracle
 import genai_perf as gp
 from genai_perf.neuron.interpreter import target
 from genai_perf.ops.quant_matmul import cases
+from genai_perf.ops.quant_matmul.nki import layout
 
 ROWS = (0, 1, 17, 130)
 
@@ -54,6 +55,85 @@ def test_every_fp8_code(fmt):
     assert torch.equal(got[rows], q.dequantize()[rows]) and not torch.isfinite(got[~rows]).all()
 
 
+GROUPED = {
+    "int4": ("int4", {}), "int4-asymmetric": ("int4", {"symmetric": False}),
+    "int4-g1024": ("int4", {"group_size": 1024}), "int4-row": ("int4", {"group_size": -1}),
+    "nf4": ("nf4", {}), "nf4-double": ("nf4", {"double_quant": True}), "fp8": ("fp8", {}),
+    "fp8_240-block": ("fp8_240", {"granularity": "block"}), "fp8_e5m2": ("fp8_e5m2", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("weight", GROUPED)
+def test_many_groups_and_sections(generation, weight):
+    """More rows than one block has, several sections of groups, several rows of x."""
+    fmt, options = GROUPED[weight]
+    n, k = 1100, 2304
+    for m, dtype in ((1, torch.bfloat16), (9, torch.float16)):
+        case = cases.Case("", m, n, k, fmt, options, dtype, True)
+        x, q, bias = cases.make_inputs(case)
+        stored = (q.qdata, q.scale, q.zero_point, q.nested_scale, q.scale_offset)
+        assert layout.words(stored, fmt, q.group_size, n, k, m, dtype) is not None
+        y64, same = oracle(x, q, bias)
+        with interpreting(generation):
+            check([gp.quant_matmul(x, q, bias, backend="nki")], y64, same, weight)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("fmt", ("int4", "fp8_240", "fp8_e5m2", "fp8"))
+def test_a_unit_vector_reads_the_code(fmt, dtype):
+    """Integers times a scale of 1 are exact in the half types: no code is rounded."""
+    q = gp.quantize(torch.ones(40, 64), fmt)
+    q.qdata = torch.arange(40 * q.qdata.shape[1]).to(torch.uint8).view(40, -1).view(q.qdata.dtype)
+    if fmt != "int4":
+        bad = ~(q.qdata.float().abs() <= (240 if fmt == "fp8_240" else 57344))
+        q.qdata = torch.where(bad, 0.0, q.qdata.float()).to(q.qdata.dtype)
+    q.scale.fill_(1.0)
+    with interpreting():
+        got = gp.quant_matmul(torch.eye(64, dtype=dtype), q, backend="nki").T
+    assert torch.equal(got, q.dequantize().to(dtype))
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_int8_activations_have_the_bits_of_the_reference(generation, dtype):
+    for m, n, k in ((1, 43, 172), (130, 130, 300), (17, 5, 2200)):
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+        weight, bias = gp.quantize(torch.randn(n, k), "int8"), torch.randn(n)
+        weight.qdata[0] = 127  # sums past 2^24
+        x[0] = x[0].abs() + 3
+        for b in (bias, None):
+            with interpreting(generation):
+                got = gp.quant_matmul(x, weight, b, activations="int8", backend="nki")
+            want = gp.quant_matmul(x, weight, b, activations="int8", backend="reference")
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_fp8_activations(generation):
+    """Two rows of the contraction in a cycle; the sum of products of e4m3 in fp32."""
+    for m, n, k in ((1, 43, 172), (130, 600, 301)):
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+        weight, bias = gp.quantize(torch.randn(n, k), "fp8_240"), torch.randn(n)
+        for b in (bias, None):
+            with interpreting(generation):
+                got = gp.quant_matmul(x, weight, b, activations="fp8", backend="nki")
+            want = gp.quant_matmul(x, weight, b, activations="fp8", backend="reference")
+            torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-4)
+
+
+def test_fp8_activations_have_a_gradient_and_keep_nan():
+    x, weight = torch.randn(3, 64, requires_grad=True), gp.quantize(torch.randn(8, 64), "fp8_240")
+    with interpreting():
+        gp.quant_matmul(x, weight, activations="fp8", backend="nki").sum().backward()
+        bad = torch.where(torch.arange(3)[:, None] == 1, torch.nan, x.detach())
+        got = gp.quant_matmul(bad, weight, activations="fp8", backend="nki")
+    torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(3, -1))
+    assert got.isnan().all(1).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="qweight must be fp8_240 by row"):
+        gp.quant_matmul(x, gp.quantize(torch.randn(8, 64), "fp8"), activations="fp8")
+
+
 def estimate(generation: str, kernel, *arguments):
     with target(generation):
         return kernel.estimate(*(backend.to_numpy(a) if isinstance(a, torch.Tensor) else a
@@ -70,3 +150,31 @@ def test_int8_decodes_at_the_rate_of_hbm(generation, share):
     x, words = torch.empty(1, k, dtype=torch.bfloat16), torch.empty(n, k // 2, dtype=torch.uint16)
     report = estimate(generation, int8_matmul, x, words, vector, vector, False)
     assert report.busiest == "dma" and report.of_bandwidth > share
+
+
+@pytest.mark.parametrize("code, per, share, zero, bandwidth", (
+    ("int4", 4, 128, 8.0, 0.85), ("int4", 4, 128, "tensor", 0.85), ("int4", 4, 4096, 8.0, 0.8),
+    ("e4m3", 2, 4096, "none", 0.85), ("e4m3", 2, 128, "none", 0.85),
+    ("e5m2", 2, 4096, "none", 0.85), ("table4", 4, 64, "none", 0.22),
+    ("table8", 2, 4096, "none", 0.2),
+))  # fmt: skip
+def test_words_at_the_rate_of_hbm(code, per, share, zero, bandwidth):
+    """One token on trn2, 14336 x 4096; an estimate, which a change must not lower."""
+    from genai_perf.ops.quant_matmul.nki.words_kernel import words_matmul
+
+    n, k = 14336, 4096
+    x, words = torch.empty(1, k, dtype=torch.bfloat16), torch.empty(n, k // per, dtype=torch.uint16)
+    scale, table = torch.empty(n, k // share), torch.empty(1, 256, dtype=torch.uint32)
+    report = estimate("gen3", words_matmul, x, words, scale, scale, table, torch.empty(1, n), code,
+                      per, share, zero, False)  # fmt: skip
+    assert report.of_bandwidth > bandwidth
+
+
+def test_fp8_products_at_twice_the_rate_of_bf16():
+    """2048 tokens, 4096 x 4096: of the peak of double rows."""
+    from genai_perf.ops.quant_matmul.nki.activation_kernels import fp8_matmul
+
+    codes = torch.empty(4096, 2048, dtype=torch.uint16)
+    row, like = torch.empty(1, 4096), torch.empty(1, 1, dtype=torch.bfloat16)
+    report = estimate("gen3", fp8_matmul, codes[:2048], codes, row[:, :2048], row, row, like, False)
+    assert report.busiest == "tensor" and report.of_peak > 0.9

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nki_backend import GENERATIONS, backend, interpreting
+from nki_backend import GENERATIONS, interpreting
 
 import genai_perf as gp
 from genai_perf.ops.quantize import cases
@@ -30,6 +30,22 @@ def test_bits_of_the_reference(case, generation):
     assert torch.equal(dense, gp.dequantize(want, backend="reference"))
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_fp8_up_to_240(generation, dtype):
+    """The reference's scales; a code differs only where x / scale lies by a tie, by one step."""
+    x = (torch.randn(130, 600, generator=torch.Generator().manual_seed(0)) * 5).to(dtype)
+    x[3] = 0
+    want = gp.quantize(x, "fp8_240", backend="reference")
+    with interpreting(generation):
+        got = gp.quantize(x, "fp8_240", backend="nki")
+        dense = gp.dequantize(want, backend="nki")
+    assert torch.equal(got.scale, want.scale) and got.qdata.float().abs().max() == 240
+    codes, other = (q.qdata.view(torch.uint8).int() for q in (got, want))
+    assert (codes != other).float().mean() < 1e-3 and (codes - other).abs().max() <= 1
+    assert torch.equal(dense, want.dequantize())
+
+
 def test_ragged_nf4_is_dequantized():
     want = gp.quantize(torch.randn(3, 203), "nf4", double_quant=True, backend="reference")
     with interpreting():
@@ -47,7 +63,8 @@ def test_rows_of_every_size():
 
 
 @pytest.mark.parametrize("options, reason", (
-    (("fp8", {}), "nki quantizes int8 and nf4"), (("nf4", {"double_quant": True}), "scales of nf4"),
+    (("fp8", {}), "nki quantizes int8, fp8_240 and nf4"),
+    (("nf4", {"double_quant": True}), "scales of nf4"),
 ))  # fmt: skip
 def test_what_it_does_not_take(options, reason):
     with interpreting(), pytest.raises(gp.BackendUnsupported, match=reason):
@@ -70,25 +87,3 @@ def test_norm_and_quantize(fp8):
     error = (codes.double() * absmax / limit - exact).abs()
     step = exact.abs() * 2.0**-4 + absmax * 2.0**-10 / limit if fp8 else absmax / limit / 2
     assert (error <= 1.001 * step).all() and codes.float().abs().max() == limit
-
-
-def test_fp8_product_in_double_rows():
-    from genai_perf.ops.quant_matmul.nki.activation_kernels import fp8_matmul
-
-    torch.manual_seed(0)
-    a, b = (torch.randn(520, n).to(torch.float8_e4m3fn) for n in (130, 600))
-    with interpreting():
-        got = backend.launch(fp8_matmul, a, b, 0.5)
-    exact = 0.5 * a.double().T @ b.double()
-    assert (got.double() - exact).abs().max() <= 2.0**-8 * exact.abs().max()
-
-
-def test_w8a8_is_exact():
-    from genai_perf.ops.quant_matmul.nki.activation_kernels import w8a8_matmul
-
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randint(-127, 128, (n, 1000), generator=generator) for n in (130, 140))
-    with interpreting():
-        got = backend.launch(w8a8_matmul, x.to(torch.int8), w.to(torch.int8), torch.ones(1, 130),
-                             torch.full((1, 140), 0.5))  # fmt: skip
-    assert torch.equal(got, ((x @ w.T) * 0.5).float())

@@ -40,16 +40,24 @@ QUANT_MATMUL_BACKWARD = Op(
     backends=("triton", "nki", "native", "reference"),
     entry="backward",
 )
-QUANT_MATMUL_INT8 = Op(
-    __package__,
-    "quant_matmul_int8",
-    "(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, *, str? backend=None) -> Tensor",
-    fake=lambda x, qdata, scale, bias, *, backend=None: x.new_empty(
-        (*x.shape[:-1], qdata.shape[0])
-    ),
-    backends=("native", "reference"),
-    entry="int8",
-)
+
+
+def _rounded(entry: str, backends: tuple[str, ...]) -> Op:
+    """The op whose rows of x are rounded to `entry`, as the weight is."""
+    return Op(
+        __package__,
+        f"quant_matmul_{entry}",
+        "(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, *, str? backend=None) -> Tensor",
+        fake=lambda x, qdata, scale, bias, *, backend=None: x.new_empty(
+            (*x.shape[:-1], qdata.shape[0])
+        ),
+        backends=backends,
+        entry=entry,
+    )
+
+
+QUANT_MATMUL_INT8 = _rounded("int8", ("nki", "native", "reference"))
+QUANT_MATMUL_FP8 = _rounded("fp8", ("nki", "reference"))
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
@@ -69,13 +77,16 @@ def _backward(ctx, dy):
     return dx, None, None, None, None, None, dbias, None, None, None
 
 
-def _setup_int8(ctx, inputs, keyword_only_inputs, output):
-    x, qdata, scale, bias = inputs
-    weight = (qdata, scale, None, None, None)
-    _setup_context(ctx, (x, *weight, bias, "int8", -1, None), keyword_only_inputs, output)
+def _setup_rounded(format: str):
+    def setup(ctx, inputs, keyword_only_inputs, output):
+        x, qdata, scale, bias = inputs
+        weight = (qdata, scale, None, None, None)
+        _setup_context(ctx, (x, *weight, bias, format, -1, None), keyword_only_inputs, output)
+
+    return setup
 
 
-def _backward_int8(ctx, dy):
+def _backward_rounded(ctx, dy):
     """Straight through the rounding of x."""
     dx = dbias = None
     if ctx.needs_input_grad[0]:
@@ -87,7 +98,8 @@ def _backward_int8(ctx, dy):
 
 
 QUANT_MATMUL.register_autograd(_backward, setup_context=_setup_context)
-QUANT_MATMUL_INT8.register_autograd(_backward_int8, setup_context=_setup_int8)
+QUANT_MATMUL_INT8.register_autograd(_backward_rounded, setup_context=_setup_rounded("int8"))
+QUANT_MATMUL_FP8.register_autograd(_backward_rounded, setup_context=_setup_rounded("fp8_240"))
 
 
 def _check(x, qweight, bias) -> None:
@@ -129,13 +141,15 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
     int8 has it, and y[..., n] = float(sum_k q[..., k] * qdata[n, k]) * scale[n] * scale[...],
     plus bias[n]; the sum is exact in int32, so that every backend and instruction set gives the
     same bits. A row of x with an infinity or NaN gives NaN; the gradient passes straight through.
+    With activations="fp8" the same in fp8_240, sums in fp32: two products a cycle on AWS trn2.
 
     Args:
         x: (..., K), fp32, bf16 or fp16.
         qweight: W of shape (N, K), in any format of `genai_perf.formats`.
         bias: (N), fp32, bf16 or fp16, or None.
-        activations: None: as they are; or "int8", for a weight in int8 with K at most 131072.
-        backend: "native" or "reference"; None takes the first that can run the call.
+        activations: None: as they are; or "int8", for a weight in int8 with K at most 131072; or
+            "fp8", for a weight in fp8_240 by row.
+        backend: "nki", "native" or "reference"; None takes the first that can run the call.
 
     Returns:
         (..., N), of the dtype of x. The same bits for any number of threads, and for a row of x
@@ -154,11 +168,18 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
             return y
     _check(x, qweight, bias)
     if activations is not None:
-        check_choice("quant_matmul", "activations", activations, ("int8",))
+        check_choice("quant_matmul", "activations", activations, ("int8", "fp8"))
+    if activations == "int8":
         if qweight.format != "int8" or x.shape[-1] > native.INT8_COLUMNS:
             fail("quant_matmul", "qweight", "int8 of at most 131072 columns for int8 activations",
                  f"{qweight.format} of shape {tuple(qweight.shape)}")  # fmt: skip
         return QUANT_MATMUL_INT8(x, qweight.qdata, qweight.scale, bias, backend=backend)
+    if activations == "fp8":
+        if qweight.format != "fp8_240" or qweight.group_size != -1:
+            fail("quant_matmul", "qweight", "fp8_240 by row for fp8 activations",
+                 f"{qweight.format} with group_size {qweight.group_size}")  # fmt: skip
+        return QUANT_MATMUL_FP8(x, qweight.qdata.view(torch.uint8), qweight.scale, bias,
+                                backend=backend)  # fmt: skip
     # fp8 codes pass as bytes: torch cannot compare fp8 tensors, which opcheck does.
     codes = qweight.qdata.view(torch.uint8) if qweight.qdata.is_floating_point() else qweight.qdata
     return QUANT_MATMUL(x, codes, qweight.scale, qweight.zero_point, qweight.nested_scale,

@@ -47,6 +47,8 @@ WEIGHTS = {
     "fp8": ("fp8", {}),
     "fp8-tensor": ("fp8", {"granularity": "tensor"}),
     "fp8-block": ("fp8", {"granularity": "block"}),
+    "fp8_240": ("fp8_240", {}),
+    "fp8_240-block": ("fp8_240", {"granularity": "block"}),
     "fp8_e5m2": ("fp8_e5m2", {}),
     "fp8_e5m2-block": ("fp8_e5m2", {"granularity": "block"}),
 }

@@ -40,9 +40,26 @@ def why_not_int8(*args) -> None:
     return None
 
 
-def int8(x, qdata, scale, bias):
+why_not_fp8 = why_not_int8
+
+
+def rounded(x, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale (..., 1)) of the rows of x; the scale of one with inf or NaN is NaN."""
     finite = torch.isfinite(x).all(-1, keepdim=True)
-    codes = get("int8").encode(torch.where(finite, x, 0).float(), Spec())
-    sums = (codes["qdata"].double() @ qdata.double().T).float()  # exact, then rounded once
-    y = sums * scale.float().T * torch.where(finite, codes["scale"], torch.nan)
+    parts = get(format).encode(torch.where(finite, x, 0).float(), Spec())
+    return parts["qdata"], torch.where(finite, parts["scale"], torch.nan)
+
+
+def int8(x, qdata, scale, bias):
+    return _product(x, "int8", qdata, scale, bias)
+
+
+def fp8(x, qdata, scale, bias):
+    return _product(x, "fp8_240", qdata.view(torch.float8_e4m3fn), scale, bias)
+
+
+def _product(x, format, qdata, scale, bias):
+    codes, x_scale = rounded(x, format)
+    sums = (codes.double() @ qdata.double().T).float()  # exact, then rounded once
+    y = sums * scale.float().T * x_scale
     return (y + (0.0 if bias is None else bias.float())).to(x.dtype)

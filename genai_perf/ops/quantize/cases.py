@@ -25,6 +25,7 @@ VARIANTS = {
     "fp8-tensor": ("fp8", {"granularity": "tensor"}),
     "fp8-block": ("fp8", {"granularity": "block"}),
     "fp8_e5m2": ("fp8_e5m2", {}),
+    "fp8_240": ("fp8_240", {}),
     "nf4": ("nf4", {}),
     "nf4-b128": ("nf4", {"group_size": 128}),
     "nf4-double": ("nf4", {"double_quant": True}),

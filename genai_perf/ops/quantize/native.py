@@ -12,7 +12,7 @@ from ...formats.base import check_finite, from_parts
 from ...formats.dynamic_map import dynamic_map, kernel_tables
 
 # csrc/cpu/quantize.h: how one element is held in a byte, and what a quantizer found.
-CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2}
+CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2, "fp8_240": 3}
 NONFINITE, SCALE_OVERFLOW = 1, 2
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from ...._backends import nki as toolchain
+from ....formats import Spec, get
 from . import layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,10 +39,18 @@ def forward(x, qdata, scale, zero_point, nested_scale, scale_offset, bias, forma
         words = layout.padded(qdata, 2).contiguous().view(torch.uint16)
         y = toolchain.launch(int8_matmul, layout.padded(rows, 2), words, scale.reshape(1, n), row,
                              bias is not None)  # fmt: skip
+        return y.reshape(*x.shape[:-1], n)
+    weight = (qdata, scale, zero_point, nested_scale, scale_offset)
+    found = layout.words(weight, format, group_size, n, k, len(rows), x.dtype)
+    if found is not None:
+        from .words_kernel import words_matmul
+
+        *tensors, code, per, share, zero = found
+        y = toolchain.launch(words_matmul, layout.padded(rows, layout.PARTITIONS * per), *tensors,
+                             row, code, per, share, zero, bias is not None)  # fmt: skip
     else:
         from .decode_kernels import decoded_matmul
 
-        weight = (qdata, scale, zero_point, nested_scale, scale_offset)
         codes, scales, zero, table, form = layout.describe(weight, format, group_size, n, k)
         y = toolchain.launch(decoded_matmul, rows, codes, scales, zero, table, row, form,
                              bias is not None)  # fmt: skip
@@ -59,3 +68,45 @@ def backward(dy, qdata, scale, zero_point, nested_scale, scale_offset, format, g
     codes, scales, zero, table, form = layout.describe(weight, format, group_size, n, k)
     dx = toolchain.launch(decoded_matmul_backward, rows, codes, scales, zero, table, k, form)
     return dx.reshape(*dy.shape[:-1], k)
+
+
+def why_not_int8(x, qdata, scale, bias) -> str | None:
+    return toolchain.why_not(x, qdata, scale, bias)
+
+
+why_not_fp8 = why_not_int8
+
+
+def _rounded(x, format: str):
+    """(codes (M, K), scale (1, M)) of the rows of x; the scale of one with inf or NaN is NaN."""
+    rows = x.reshape(-1, x.shape[-1])
+    finite = torch.isfinite(rows).all(-1, keepdim=True)
+    parts = get(format).encode(torch.where(finite, rows, 0).float(), Spec())
+    return parts["qdata"], torch.where(finite, parts["scale"], torch.nan).reshape(1, -1)
+
+
+def _both_rounded(x, qdata, scale, bias, format: str):
+    n = qdata.shape[0]
+    if x.numel() == 0 or n == 0:
+        y = x.new_zeros((*x.shape[:-1], n))
+        return y if bias is None else y + bias.to(y.dtype)
+    from . import activation_kernels
+
+    codes, x_scale = _rounded(x, format)
+    kernel, weight = activation_kernels.w8a8_matmul, qdata
+    if format == "fp8_240":
+        kernel = activation_kernels.fp8_matmul
+        codes, weight = (layout.padded(c.view(torch.uint8), 2).contiguous().view(torch.uint16)
+                         for c in (codes, qdata))  # fmt: skip
+    y = toolchain.launch(kernel, codes, weight, x_scale,
+                         scale.float().reshape(1, n), _bias(bias, n, x), x.reshape(-1, 1)[:1],
+                         bias is not None)  # fmt: skip
+    return y.reshape(*x.shape[:-1], n)
+
+
+def int8(x, qdata, scale, bias):
+    return _both_rounded(x, qdata, scale, bias, "int8")
+
+
+def fp8(x, qdata, scale, bias):
+    return _both_rounded(x, qdata, scale, bias, "fp8_240")

@@ -9,28 +9,23 @@ from ....formats import QuantizedTensor, get
 from ....formats.int4 import unpack
 from ....formats.nf4 import block_scales, code_book
 
+PARTITIONS = 128
+HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 512  # the least that the kernels decode of a row: groups must divide it, or be divided
 
 
 def describe(weight: tuple, format: str, group_size: int, n: int, k: int) -> tuple:
     """(codes, scale, zero_point, table, form) of a weight (n, k); see tiles.decode_tile."""
-    qdata, scale, zero, nested, offset = weight
+    qdata, scale, zero, _, _ = weight
     if format == "int8":
         return _form(qdata, scale, None, None, 8, False, k)
     if format.startswith("fp8"):
-        code_dtype = get(format).code_dtype
-        bytes_ = torch.arange(256, dtype=torch.int32, device=qdata.device).to(torch.uint8)
-        table = bytes_.view(code_dtype).float()[None]
+        table = _fp8_values(format, qdata.device).float()[None]
         codes = qdata.view(torch.uint8)
-        scale = scale.float()
-        if group_size == 128:
-            scale = scale.repeat_interleave(128, 0)[:n]
-        return _form(codes, scale.expand(n, -1), None, table, 8, False,
+        return _form(codes, _fp8_scale(scale, group_size, n), None, table, 8, False,
                      128 if group_size == 128 else k)  # fmt: skip
     if format == "nf4":
-        qt = QuantizedTensor(format, torch.Size((n, k)), torch.float32, qdata, scale, zero,
-                             group_size, nested, offset)  # fmt: skip
-        scales, table = block_scales(qt), code_book(qdata.device)[None]
+        scales, table = _nf4_scale(weight, group_size, n, k), code_book(qdata.device)[None]
         if k % group_size == 0:
             return _form(
                 qdata.view(n, k // 2), scales.view(n, -1), None, table, 4, True, group_size
@@ -43,6 +38,65 @@ def describe(weight: tuple, format: str, group_size: int, n: int, k: int) -> tup
     if k % 2:
         qdata = unpack(qdata, k)
     return _form(qdata, scale.float(), zero, None, 8 if k % 2 else 4, False, share)
+
+
+def _fp8_values(format: str, device) -> torch.Tensor:
+    """What each of the 256 bytes is."""
+    codes = torch.arange(256, dtype=torch.int32, device=device).to(torch.uint8)
+    return codes.view(get(format).code_dtype)
+
+
+def _fp8_scale(scale, group_size: int, n: int) -> torch.Tensor:
+    """(n, groups): a row's scale, or those of its blocks."""
+    scale = scale.float()
+    return (scale.repeat_interleave(128, 0)[:n] if group_size == 128 else scale).expand(n, -1)
+
+
+def _nf4_scale(weight: tuple, group_size: int, n: int, k: int) -> torch.Tensor:
+    qdata, scale, zero, nested, offset = weight
+    return block_scales(QuantizedTensor("nf4", torch.Size((n, k)), torch.float32, qdata, scale,
+                                        zero, group_size, nested, offset))  # fmt: skip
+
+
+def words(weight: tuple, format: str, group_size: int, n: int, k: int, m: int, dtype):
+    """(words, scale, zero_point, table, code, per, share, zero) of words_kernel for m rows of x in
+    `dtype`; None where a group is no whole number of words, or there are too many rows."""
+    qdata, scale, zero, _, _ = weight
+    per = 4 if format in ("nf4", "int4") else 2
+    share = k if group_size in (0, -1) or format == "int8" else group_size
+    chunk = PARTITIONS * per
+    together = share >= k or chunk % share == 0 or share % chunk == 0
+    inside = 1 if share >= k else max(1, chunk // share)
+    if (dtype not in HALVES or format == "int8" or k % per or not together
+            or (share < k and share % per) or (inside > 1 and m * inside > 2 * CHUNK)):  # fmt: skip
+        return None
+    if format == "nf4" and k % group_size:
+        return None
+    code, shift = format, "none"
+    table = _pairs(torch.zeros(256, 2, device=qdata.device, dtype=dtype))
+    if format == "nf4":
+        scale, code = _nf4_scale(weight, group_size, n, k).view(n, -1), "table4"
+        book = code_book(qdata.device)
+        table = _pairs(torch.stack([book.repeat_interleave(16), book.repeat(16)], 1).to(dtype))
+    elif format == "int4":
+        shift = 8.0 if zero is None else "tensor"
+    else:
+        scale, code = _fp8_scale(scale, group_size, n), FP8_CODES[format]
+        values = _fp8_values(format, qdata.device).to(dtype)
+        table = _pairs(torch.stack([values, torch.zeros_like(values)], 1))
+    scale = scale.float().contiguous()
+    zero = scale[:1, :1] if zero is None else zero.float()
+    stored = qdata.contiguous().view(n, -1).view(torch.uint16)
+    return stored, scale, zero.contiguous(), table, code, per, share, shift
+
+
+# Codes above 240 are none of trn2's: "fp8" is decoded by a table there (see words_kernel).
+FP8_CODES = {"fp8": "fp8", "fp8_240": "e4m3", "fp8_e5m2": "e5m2"}
+
+
+def _pairs(values: torch.Tensor) -> torch.Tensor:
+    """(256, 2) of a 16-bit type as (1, 256) words, the first in the low half."""
+    return values.contiguous().view(torch.int32).view(torch.uint32).view(1, 256)
 
 
 def _form(codes, scale, zero, table, bits, high_first, share) -> tuple:

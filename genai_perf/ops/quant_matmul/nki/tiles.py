@@ -123,6 +123,6 @@ def load_shared(values_hbm, n0, rows, first, count):
 def load_table(table_hbm):
     """The code book on every partition."""
     size = table_hbm.shape[1]
-    table_sb = nl.ndarray((ROWS, size), dtype=nl.float32, buffer=nl.sbuf)
+    table_sb = nl.ndarray((ROWS, size), dtype=table_hbm.dtype, buffer=nl.sbuf)
     nisa.dma_copy(dst=table_sb, src=table_hbm.ap(pattern=[[0, ROWS], [1, size]], offset=0))
     return table_sb

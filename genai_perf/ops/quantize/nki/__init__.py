@@ -1,4 +1,5 @@
-"""Quantizers on Trainium by NKI kernels: int8 and nf4 with the bits of the reference."""
+"""Quantizers on Trainium by NKI kernels: int8 and nf4 with the bits of the reference, fp8_240 with
+its scales and its codes but where x / scale is rounded to a tie."""
 
 import math
 
@@ -9,6 +10,8 @@ from ...._backends import nki as toolchain
 from ....formats import Spec
 from ....formats.base import check_finite, from_parts
 
+FP8_MAX = 240.0
+
 
 def why_not_quantize(x, format, *spec) -> str | None:
     if (reason := toolchain.why_not(x)) is not None:
@@ -16,8 +19,11 @@ def why_not_quantize(x, format, *spec) -> str | None:
     spec = Spec(*spec)
     if format == "int8":
         return None
+    if format == "fp8_240":
+        rows = spec.group_size == -1 and not spec.allow_nonfinite
+        return None if rows else "nki takes fp8_240 by row, finite"
     if format != "nf4":
-        return f"nki quantizes int8 and nf4, got {format} (fp8 for trn2: quantize_rows)"
+        return f"nki quantizes int8, fp8_240 and nf4, got {format}"
     if spec.double_quant:
         return "nki does not quantize the scales of nf4"
     if x.numel() % spec.group_size:
@@ -25,10 +31,14 @@ def why_not_quantize(x, format, *spec) -> str | None:
     return None
 
 
-def why_not_dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, *rest):
+def why_not_dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size,
+                       *rest) -> str | None:  # fmt: skip
     if (reason := toolchain.why_not(qdata, scale)) is not None:
         return reason
-    return None if format in ("int8", "nf4") else f"nki dequantizes int8 and nf4, got {format}"
+    if format in ("fp8_240", "fp8_e5m2"):
+        return None if group_size == -1 else f"nki takes {format} by row"
+    taken = ("int8", "nf4")
+    return None if format in taken else f"nki dequantizes int8, nf4 and fp8_240, got {format}"
 
 
 def quantize(x, format, *spec):
@@ -39,6 +49,10 @@ def quantize(x, format, *spec):
     if format == "int8":
         codes, absmax = quantize_rows(x.reshape(-1, x.shape[-1]))
         return [codes.view(x.shape), absmax.view(*x.shape[:-1], 1) / 127.0]
+    if format == "fp8_240":
+        codes, absmax = quantize_rows(x.reshape(-1, x.shape[-1]), fp8=True)
+        scale = (absmax.view(*x.shape[:-1], 1) / FP8_MAX).clamp(min=formats.base.SCALE_FLOOR)
+        return [codes.view(x.shape), scale]
     from .kernels import nf4_quantize
 
     blocks = x.reshape(-1, spec.group_size)
@@ -78,8 +92,8 @@ def dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, gro
 
     table = formats.nf4.code_book(qdata.device)[None]
     example = torch.empty(1, 1, dtype=dtype)
-    if format == "int8":
-        rows, scales, groups = qdata.reshape(-1, shape[-1]), scale.reshape(-1, 1), 0
+    if format != "nf4":
+        rows, scales, groups = qt.qdata.reshape(-1, shape[-1]), scale.reshape(-1, 1), 0
     else:  # each block a row of bytes
         rows = torch.nn.functional.pad(qdata, (0, -len(qdata) % (group_size // 2)))
         rows, groups = rows.view(-1, group_size // 2), 1
