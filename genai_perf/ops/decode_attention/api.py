@@ -95,7 +95,8 @@ def decode_attention(
         check_cache: on an accelerator, wait for lengths, indices and pages and check them as a CPU
             call always does; without, they must lie within the cache.
         return_lse: also return lse.
-        backend: "triton", "nki", "native" or "reference"; None takes the first that can run the call.
+        backend: "triton", "nki", "native" or "reference"; None takes the first that can run the
+            call.
 
     Returns:
         out (batch, seqlen_q, nheads, headdim_v) in the dtype of q, and with return_lse also lse
