@@ -193,10 +193,11 @@ def scalar_tensor_tensor(
     return HANDLE
 
 
-def tensor_copy(dst, src, engine=engines.unknown, name=None):
-    """dst = src, cast on the way."""
+def tensor_copy(dst, src, engine=engines.unknown, name=None, dtype=None):
+    """dst = src, cast on the way; dtype: of NKI 0.2, dst's own."""
     what, machine = "tensor_copy", current()
     tile(what, "dst", dst)
+    require(dtype in (None, dst.dtype), f"{what}: dtype must be that of dst {dst!r}, got {dtype}")
     tile(what, "src", src)
     same_shape(what, dst, src=src)
     engine = engines.vector if engine is engines.unknown else engine
