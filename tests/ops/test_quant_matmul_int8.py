@@ -135,7 +135,7 @@ def test_layers_and_models():
 
 def test_bad_choices_are_named():
     x, weight, _ = make(2, 43, 172)
-    with pytest.raises(ValueError, match="activations must be one of 'int8', got 'int4'"):
+    with pytest.raises(ValueError, match="activations must be one of 'int8', 'fp8', got 'int4'"):
         gp.quant_matmul(x, weight, activations="int4")
     other = gp.quantize(torch.ones(43, 172), "nf4")
     with pytest.raises(ValueError, match=r"qweight must be int8 .*, got nf4 of shape \(43, 172\)"):
