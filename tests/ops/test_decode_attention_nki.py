@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decode_attention_checks import copied, doubled, run, same_precision
 from nki_backend import backend, interpreting
-from test_decode_attention import copied, doubled, run, same_precision  # noqa: F401
 
 import genai_perf as gp
 from genai_perf.ops.decode_attention import cases
@@ -28,10 +28,10 @@ def on_nki(inputs, generation="gen3", cores=1):
 
 @pytest.mark.parametrize("generation, cores", (("gen3", 1), ("gen3", 2), ("gen4", 1)))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_oracle(case, generation, cores, same_precision):  # noqa: F811
+def test_oracle(case, generation, cores, monkeypatch):
     inputs = cases.make_inputs(case)
     got = on_nki(inputs, generation, cores)
-    ref, same = run(doubled(inputs), "reference"), same_precision(inputs)
+    ref, same = run(doubled(inputs), "reference"), same_precision(inputs, monkeypatch)
     for name, x, ref64, yard in zip(("out", "lse"), got, ref, same, strict=False):
         assert_close_to_oracle(x, ref64, yard, name=name)
     for x, want in zip(got[2:], run(inputs, "reference")[2:], strict=True):
@@ -44,13 +44,13 @@ def test_there_are_cases():
 
 @pytest.mark.parametrize("generation, cores", (("gen3", 1), ("gen3", 2), ("gen4", 1)))
 @pytest.mark.parametrize("cache", (None, torch.int8, torch.float8_e4m3fn), ids=str)
-def test_several_sections(cache, generation, cores, same_precision):  # noqa: F811
+def test_several_sections(cache, generation, cores, monkeypatch):
     """More keys than a section has, so that maxima move and rooms are used again."""
     case = cases.Case("", (2600, 150), nheads=8, nheads_k=2, headdim=64, page_size=16,
                       dtype=torch.bfloat16, cache_dtype=cache, sinks=True)  # fmt: skip
     inputs = cases.make_inputs(case)
     got = on_nki(inputs, generation, cores)
-    ref, same = run(doubled(inputs), "reference"), same_precision(inputs)
+    ref, same = run(doubled(inputs), "reference"), same_precision(inputs, monkeypatch)
     for name, x, ref64, yard in zip(("out", "lse"), got, ref, same, strict=False):
         assert_close_to_oracle(x, ref64, yard, name=name)
 
