@@ -15,6 +15,19 @@ struct Cursor {
   int64_t v_ahead, index_ahead;
 };
 
+// sums[r][m] += acc[r][m], times the row's scale of the group where rows have scales.
+template <int R, int M>
+GP_INLINE inline void add_sums(const Cursor* rows, const Unit (&acc)[R][M], int64_t group,
+                               float* sums, int64_t sums_stride) {
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      float* sum = sums + r * sums_stride + m * UNIT;
+      const Unit total = unit_load(sum);
+      unit_store(sum, rows[r].scale ? unit_fma(acc[r][m], unit_set(rows[r].scale[group]), total)
+                                    : unit_add(total, acc[r][m]));
+    }
+}
+
 #if defined(__AVX2__)
 
 constexpr bool HAS_INT4_PAIRS = true;
@@ -65,13 +78,7 @@ void dot_int4(const Cursor* rows, int64_t count, int64_t span, const float* x, i
     }
     for (; u + 2 <= end; u += 2) step(u, true);
     if (u < end) step(u, false);
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) {
-        float* sum = sums + r * sums_stride + m * UNIT;
-        const Unit total = unit_load(sum);
-        unit_store(sum, rows[r].scale ? unit_fma(acc[r][m], unit_set(rows[r].scale[group]), total)
-                                      : unit_add(total, acc[r][m]));
-      }
+    add_sums<R, M>(rows, acc, group, sums, sums_stride);
   }
 }
 

@@ -50,13 +50,7 @@ void dot(Cursor* rows, int64_t count, int64_t span, const float* x, int64_t x_st
       for (int64_t i = 0; i < LINE; ++i) step(u + i);
     }
     for (; u < end; ++u) step(u);
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) {
-        float* sum = sums + r * sums_stride + m * UNIT;
-        const Unit total = unit_load(sum);
-        unit_store(sum, rows[r].scale ? unit_fma(acc[r][m], unit_set(rows[r].scale[group]), total)
-                                      : unit_add(total, acc[r][m]));
-      }
+    add_sums<R, M>(rows, acc, group, sums, sums_stride);
   }
   for (int r = 0; r < R; ++r) {
     rows[r].v = v[r];

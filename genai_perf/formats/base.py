@@ -4,7 +4,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -29,8 +29,28 @@ class Spec(NamedTuple):
     allow_nonfinite: bool = False
 
 
+class Components:
+    """What a dataclass of tensors and how to read them says of those tensors."""
+
+    parts: ClassVar[tuple[str, ...]]
+
+    def components(self) -> dict[str, torch.Tensor]:
+        """The stored tensors that are there, by field name."""
+        fields = {name: getattr(self, name) for name in self.parts}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+    @property
+    def device(self) -> torch.device:
+        return getattr(self, self.parts[0]).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all components."""
+        return sum(tensor.nbytes for tensor in self.components().values())
+
+
 @dataclass(eq=False)
-class QuantizedTensor:
+class QuantizedTensor(Components):
     """A quantized tensor: a few plain tensors and how to read them.
 
     Dequantized: `(qdata - zero_point) * scale`, with `qdata` looked up in the code book for nf4.
@@ -58,11 +78,7 @@ class QuantizedTensor:
     nested_scale: torch.Tensor | None = None
     scale_offset: torch.Tensor | None = None
     packed: object | None = field(default=None, init=False, repr=False)
-
-    def components(self) -> dict[str, torch.Tensor]:
-        """The tensors that are there, by field name."""
-        fields = {name: getattr(self, name) for name in COMPONENTS}
-        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+    parts = COMPONENTS
 
     @property
     def spec(self) -> Spec:
@@ -70,15 +86,6 @@ class QuantizedTensor:
         nested = self.nested_scale is not None
         scale_dtype = torch.float32 if nested else self.scale.dtype
         return Spec(self.group_size, nested, self.zero_point is None, scale_dtype)
-
-    @property
-    def device(self) -> torch.device:
-        return self.qdata.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all components."""
-        return sum(tensor.nbytes for tensor in self.components().values())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor it stands for, by the reference codec: fp32, rounded once to `dtype`."""

@@ -10,7 +10,7 @@ import torch
 from .._checks import check_dtype, check_ndim, check_tensor, fail
 from .._errors import CheckpointError
 from . import int4
-from .base import FLOATS, QuantizedTensor, ceil_div, check_finite
+from .base import FLOATS, Components, QuantizedTensor, ceil_div, check_finite
 
 LAYOUTS = ("2:4", "bitmask")
 # Columns that share a byte of the index: rows are padded with zeros to a multiple of it.
@@ -19,7 +19,7 @@ _COMPONENTS = ("values", "index", "scale")
 
 
 @dataclass(eq=False)
-class SparseTensor:
+class SparseTensor(Components):
     """A matrix stored as its kept values and where they stand.
 
     Attributes:
@@ -44,6 +44,7 @@ class SparseTensor:
     scale: torch.Tensor | None = None
     group_size: int = -1
     row_start: torch.Tensor | None = field(default=None, repr=False)
+    parts = _COMPONENTS
 
     def __post_init__(self):
         self.shape = torch.Size(self.shape)
@@ -54,20 +55,6 @@ class SparseTensor:
     def bits(self) -> int:
         """Bits of one stored value."""
         return 4 if self.values.dtype == torch.uint8 else 8 * self.values.element_size()
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is stored: values, index and scale."""
-        return sum(tensor.nbytes for tensor in self.components().values())
-
-    def components(self) -> dict[str, torch.Tensor]:
-        """The stored tensors by name."""
-        found = {name: getattr(self, name) for name in _COMPONENTS}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def to(self, device: torch.device | str) -> "SparseTensor":
         moved = {name: tensor.to(device) for name, tensor in self.components().items()}

@@ -172,10 +172,14 @@ def test_bad_input_is_named(change, message):
         gp.sparse_matmul(*change(*make(5, 43, 172)), backend="native")
 
 
-def test_other_objects_are_refused():
+def test_a_dense_weight_is_refused():
     x, w, _ = make(5, 43, 172)
     with pytest.raises(TypeError, match="weight must be a SparseTensor, got Tensor"):
-        gp.sparse_matmul(x, x)
+        gp.sparse_matmul(x, w.to_dense())
+
+
+def test_native_is_chosen_on_a_cpu():
+    x, w, _ = make(5, 43, 172)
     assert gp.explain(gp.sparse_matmul, x, w).backend == "native"
 
 

@@ -6,6 +6,7 @@ from ..._checks import check_choice, check_dtype, check_same, check_tensor, fail
 from ..._config import CONFIG
 from ..._dispatch import Op, unwatched
 from ...formats import FORMATS, QuantizedTensor
+from ..linear import fake_product
 from . import native
 
 _DIRECT = CONFIG.backend in (None, "native")
@@ -13,30 +14,19 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHT = ("Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? nested_scale, "
            "Tensor? scale_offset")  # fmt: skip
 
-
-def _fake_forward(x, qdata, scale, zero_point, nested_scale, scale_offset, bias,
-                  format, group_size, n, *, backend=None):  # fmt: skip
-    return x.new_empty((*x.shape[:-1], n))
-
-
-def _fake_backward(dy, qdata, scale, zero_point, nested_scale, scale_offset,
-                   format, group_size, k, *, backend=None):  # fmt: skip
-    return dy.new_empty((*dy.shape[:-1], k))
-
-
 QUANT_MATMUL = Op(
     __package__,
     "quant_matmul",
     f"(Tensor x, {_WEIGHT}, Tensor? bias, str format, int group_size, SymInt n, "
     "*, str? backend=None) -> Tensor",
-    fake=_fake_forward,
+    fake=fake_product,
     backends=("triton", "nki", "native", "reference"),
 )
 QUANT_MATMUL_BACKWARD = Op(
     __package__,
     "quant_matmul_backward",
     f"(Tensor dy, {_WEIGHT}, str format, int group_size, SymInt k, *, str? backend=None) -> Tensor",
-    fake=_fake_backward,
+    fake=fake_product,
     backends=("triton", "nki", "native", "reference"),
     entry="backward",
 )

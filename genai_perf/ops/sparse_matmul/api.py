@@ -6,31 +6,23 @@ from ..._checks import check_dtype, check_ndim, check_same, check_tensor, fail
 from ..._dispatch import Op
 from ...formats import SparseTensor
 from ...formats.base import FLOATS
+from ..linear import fake_product
 
 _WEIGHT = "Tensor values, Tensor index, Tensor? row_start, Tensor? scale"
-
-
-def _fake_forward(x, values, index, row_start, scale, bias, group_size, n, *, backend=None):
-    return x.new_empty((*x.shape[:-1], n))
-
-
-def _fake_backward(dy, values, index, row_start, scale, group_size, k, *, backend=None):
-    return dy.new_empty((*dy.shape[:-1], k))
-
 
 SPARSE_MATMUL = Op(
     __package__,
     "sparse_matmul",
     f"(Tensor x, {_WEIGHT}, Tensor? bias, int group_size, SymInt n, *, str? backend=None) "
     "-> Tensor",
-    fake=_fake_forward,
+    fake=fake_product,
     backends=("semi_structured", "triton", "native", "reference"),
 )
 SPARSE_MATMUL_BACKWARD = Op(
     __package__,
     "sparse_matmul_backward",
     f"(Tensor dy, {_WEIGHT}, int group_size, SymInt k, *, str? backend=None) -> Tensor",
-    fake=_fake_backward,
+    fake=fake_product,
     backends=("triton", "native", "reference"),
     entry="backward",
 )

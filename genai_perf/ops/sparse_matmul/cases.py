@@ -6,6 +6,7 @@ import torch
 
 from ... import formats
 from ...formats import SparseTensor, sparse, sparse24
+from .. import linear
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,7 @@ def make_inputs(
     case: Case, device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[torch.Tensor, SparseTensor, torch.Tensor | None]:
     """x (m, k), the packed weight and bias (n) or None, as `sparse_matmul` takes them."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    x = torch.randn(case.m, case.k, generator=generator).to(case.dtype)
-    bias = torch.randn(case.n, generator=generator).to(case.dtype) if case.bias else None
-    weight = make_weight(case, seed).to(device)
-    return x.to(device), weight, None if bias is None else bias.to(device)
+    return linear.make_inputs(case, make_weight(case, seed), device, seed)
 
 
 def cost(case: Case) -> tuple[int, int]:
