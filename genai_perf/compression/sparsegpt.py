@@ -41,6 +41,8 @@ def check_weight(op: str, weight: torch.Tensor, hessian: torch.Tensor | None) ->
         columns = weight.shape[1]
         fail(op, "hessian", f"({columns}, {columns}), the weight's in_features",
              f"shape {tuple(hessian.shape)}")  # fmt: skip
+    if hessian is not None and not torch.isfinite(hessian.sum(dtype=torch.float64)):
+        raise CalibrationError(f"{op}: its Hessian holds NaN or infinity")
     if not torch.isfinite(weight).all():
         row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
         fail(op, "weight", "finite", f"{weight[row, column].item()} at ({row}, {column})")

@@ -214,3 +214,11 @@ def test_scales_have_values_of_the_wanted_dtype(options, dtype):
     assert torch.equal(scale.to(dtype).float(), scale)
     assert result.error < 1.1 * rtn.solve(weight, hessian, **options).error
     assert not result.weight[4].any() and torch.isfinite(result.weight).all()
+
+
+@pytest.mark.parametrize("solver", [wanda, ria, magnitude])
+def test_a_hessian_with_nan_is_named(solver):
+    weight, hessian = layer()
+    hessian[3, 3] = torch.nan
+    with pytest.raises(CalibrationError, match="mlp.up: its Hessian holds NaN or infinity"):
+        solver.solve(weight, hessian, sparsity=0.5, name="mlp.up")
