@@ -76,6 +76,7 @@ def _calls(device: str) -> Iterator[tuple[str, Callable, tuple]]:
     import genai_perf as gp
 
     from ..formats import FORMATS, sparse, sparse24
+    from ..ops import optimizer_step
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         q = torch.zeros(1, 16, 4, 64, dtype=dtype, device=device)
@@ -98,9 +99,9 @@ def _calls(device: str) -> Iterator[tuple[str, Callable, tuple]]:
     fused = gp.distill.fused_linear_distillation_loss
     yield "distill_loss, fused with a head", fused, (logits[:, :8], head, logits[:, :8], head)
     p, codes = torch.zeros(256, device=device), torch.zeros(256, dtype=torch.uint8, device=device)
-    adamw = partial(gp.ops.optimizer_step.adamw_step, step=1, lr=0.0)
+    adamw = partial(optimizer_step.adamw_step, step=1, lr=0.0)
     yield "optimizer_step, AdamW", adamw, (p, p, codes, codes, p[:1], p[:1])
-    lion = partial(gp.ops.optimizer_step.lion_step, lr=0.0)
+    lion = partial(optimizer_step.lion_step, lr=0.0)
     yield "optimizer_step, Lion", lion, (p, p, codes, p[:1])
 
 

@@ -28,6 +28,7 @@ SHIPPED = (
     "genai_perf.ops.decode_attention.triton.shipped",
     "genai_perf.ops.distill_loss.triton.shipped",
     "genai_perf.ops.quant_matmul.triton.shipped",
+    "genai_perf.ops.quantize.triton.shipped",
     "genai_perf.ops.sparse_matmul.triton.shipped",
     "genai_perf.ops.optimizer_step.triton.shipped",
 )

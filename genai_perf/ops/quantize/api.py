@@ -35,7 +35,7 @@ _DEQUANTIZE = Op(
     "(Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? nested_scale, Tensor? scale_offset, "
     "str format, int group_size, SymInt[] shape, ScalarType dtype, *, str? backend=None) -> Tensor",
     fake=lambda *args, backend=None: _fake_dequantize(*args),
-    backends=("cuda", "nki", "native", "reference"),
+    backends=("cuda", "triton", "nki", "native", "reference"),
     entry="dequantize",
 )
 
@@ -109,7 +109,8 @@ def dequantize(qt: QuantizedTensor, dtype: torch.dtype | None = None, *,
     Args:
         qt: what `quantize` gave, or a checkpoint held.
         dtype: fp32, bf16 or fp16; `qt.dtype` by default.
-        backend: "cuda" (nf4 on a GPU), "native" or "reference"; the first that can run it.
+        backend: "cuda" (nf4 on a GPU), "triton", "nki", "native" or "reference"; the first that can
+            run it.
 
     Returns:
         Tensor: of `qt.shape`.

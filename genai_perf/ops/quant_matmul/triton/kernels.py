@@ -57,6 +57,13 @@ def _quant_merge_kernel(
     tl.store(y_ptr + row * n + cols, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _turned(ptr, rows, cols, stride_m, m, length):
+    """(cols, rows) of the matrix (m, length), zero outside it."""
+    ptrs = ptr + rows.to(tl.int64)[None, :] * stride_m + cols[:, None]
+    return tl.load(ptrs, mask=(rows < m)[None, :] & (cols < length)[:, None], other=0.0)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _quant_gemm_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, nested_ptr, offset_ptr, table_ptr, bias_ptr, y_ptr,
@@ -72,12 +79,9 @@ def _quant_gemm_kernel(
     first_m = (pid % blocks) * BLOCK_M
     first_n = (pid // blocks) * BLOCK_N
     rows = first_m + tl.arange(0, BLOCK_M)
-    row_ptrs = x_ptr + rows.to(tl.int64)[None, :] * stride_xm
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first_k in tl.range(0, k, BLOCK_K):
-        cols = first_k + tl.arange(0, BLOCK_K)
-        x = tl.load(row_ptrs + cols[:, None], mask=(rows < m)[None, :] & (cols < k)[:, None],
-                    other=0.0)  # fmt: skip
+        x = _turned(x_ptr, rows, first_k + tl.arange(0, BLOCK_K), stride_xm, m, k)
         w = weight_tile(first_n, first_k, q_ptr, scale_ptr, zero_ptr, nested_ptr, offset_ptr,
                         table_ptr, n, k, scale_rows, scale_stride, group, c)  # fmt: skip
         acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION)
@@ -103,12 +107,9 @@ def _quant_gemm_dx_kernel(
     first_m = (pid % blocks) * BLOCK_M
     first_k = (pid // blocks) * BLOCK_K
     rows = first_m + tl.arange(0, BLOCK_M)
-    row_ptrs = dy_ptr + rows.to(tl.int64)[None, :] * stride_dym
     acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     for first_n in tl.range(0, n, BLOCK_N):
-        out = first_n + tl.arange(0, BLOCK_N)
-        dy = tl.load(row_ptrs + out[:, None], mask=(rows < m)[None, :] & (out < n)[:, None],
-                     other=0.0)  # fmt: skip
+        dy = _turned(dy_ptr, rows, first_n + tl.arange(0, BLOCK_N), stride_dym, m, n)
         w = weight_tile(first_n, first_k, q_ptr, scale_ptr, zero_ptr, nested_ptr, offset_ptr,
                         table_ptr, n, k, scale_rows, scale_stride, group, c)  # fmt: skip
         acc = tl.dot(tl.trans(w.to(dy.dtype)), dy, acc, input_precision=PRECISION)

@@ -30,28 +30,30 @@ WEIGHTS = {
 }
 
 
-def source(kernel: str, arch: str, dtype: torch.dtype, weight: str) -> Source:
+def weight_arguments(function, weight: str, values: dict) -> tuple[dict, dict]:
+    """(constants, pointer types) of a kernel that reads `weight`, one of WEIGHTS."""
     fmt, run, options = WEIGHTS[weight]
-    config = configs.rule(kernel, arch, dtype)
-    values = {
-        "FORMAT": FORMATS[fmt], "PAIRS": True, "NESTED": False, "ZEROS": False, "BIAS": True,
-        "RUN": min(run or config["BLOCK_K"], config["BLOCK_K"]),
-        "PRECISION": configs.precision(arch, dtype),
-    } | options | config  # fmt: skip
-    function = KERNELS[kernel]
+    layout = {"FORMAT": FORMATS[fmt], "PAIRS": True, "NESTED": False, "ZEROS": False,
+              "RUN": min(run or values["BLOCK_K"], values["BLOCK_K"])} | options  # fmt: skip
+    values = layout | values
     constants = {name: values[name] for name in function.arg_names if name in values}
-    absent = {"zero_ptr": not values["ZEROS"], "nested_ptr": not values["NESTED"],
-              "offset_ptr": not values["NESTED"]}  # fmt: skip
+    absent = {"zero_ptr": not layout["ZEROS"], "nested_ptr": not layout["NESTED"],
+              "offset_ptr": not layout["NESTED"]}  # fmt: skip
     constants |= {name: None for name, gone in absent.items() if gone}
-    pointers = {
-        "q_ptr": "i8" if fmt == "int8" else "u8", "scale_ptr": "u8" if values["NESTED"] else "fp32",
-        "zero_ptr": "u8", "nested_ptr": "fp32", "offset_ptr": "fp32", "table_ptr": "fp32",
-        "parts_ptr": "fp32",
-    }  # fmt: skip
+    pointers = dict.fromkeys(("scale_ptr", "nested_ptr", "offset_ptr", "table_ptr"), "fp32")
+    pointers |= {"q_ptr": "i8" if fmt == "int8" else "u8", "zero_ptr": "u8"}
+    return constants, pointers | ({"scale_ptr": "u8"} if layout["NESTED"] else {})
+
+
+def source(kernel: str, arch: str, dtype: torch.dtype, weight: str) -> Source:
+    config, function = configs.rule(kernel, arch, dtype), KERNELS[kernel]
+    values = config | {"BIAS": True, "PRECISION": configs.precision(arch, dtype)}
+    constants, pointers = weight_arguments(function, weight, values)
     matrix = "none" if kernel == "gemv" else "own" if dtype != torch.float32 else "any"
     return Source(
         f"quant_matmul {kernel} {TYPES[dtype]} {weight}", function, constants, TYPES[dtype],
-        pointers, (), {name: config[name] for name in ("num_warps", "num_stages")}, matrix,
+        pointers | {"parts_ptr": "fp32"}, (),
+        {name: config[name] for name in ("num_warps", "num_stages")}, matrix,
     )  # fmt: skip
 
 
