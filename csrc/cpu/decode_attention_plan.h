@@ -8,7 +8,8 @@ namespace gp {
 namespace GP_ISA {
 
 constexpr int64_t BLOCK = 48;      // keys between two updates of the running maximum: whole tiles
-constexpr int64_t PART = 576;      // keys of a part where the caller does not say how many parts
+// Where the caller does not say how many parts: about 16, of so many keys at least and at most.
+constexpr int64_t PARTS = 16, MIN_PART = 288, MAX_PART = 576;
 constexpr int64_t MAX_ROWS = 64;   // rows (queries times heads of a group) of an item and key head
 constexpr int64_t MAX_LANES = 64;  // rows of all key heads of an item
 constexpr int64_t Q_BYTES = 16384;  // queries of an item of several heads: half of the L1 cache
@@ -27,8 +28,10 @@ struct Span {
     end = a.window_right < 0 ? len_k
                              : min64(max64(a.seqlen_q + offset + a.window_right, 0), len_k);
     end = max64(begin, end);
-    part = a.num_splits > 0 ? (end - begin + a.num_splits - 1) / a.num_splits
-                            : PART * ((a.seqlen_q + 15) / 16);  // long queries: fewer results
+    const int64_t splits = a.num_splits > 0 ? a.num_splits : PARTS;
+    part = (end - begin + splits - 1) / splits;
+    if (a.num_splits == 0)  // long queries: fewer results
+      part = min64(max64(part, MIN_PART), MAX_PART) * ((a.seqlen_q + 15) / 16);
     part = max64(round_up(part, BLOCK), BLOCK);
   }
   int64_t parts() const { return (end - begin + part - 1) / part; }
