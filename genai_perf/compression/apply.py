@@ -20,6 +20,7 @@ from .experts import Expert, has_calibrated_sibling
 from .fallback import without_calibration
 from .folding import Folds
 from .hessian import Hessian, Inputs
+from .ranks import Ranks
 from .recipe import Recipe
 from .report import LayerReport
 from .rules import check_fused
@@ -125,16 +126,26 @@ def compress_blocks(
         int8: the layout of int8 weights, see `io.compressed_tensors.scheme`.
         progress: called with (blocks finished, blocks in all, what runs now).
 
+    Where torch.distributed is in use, every rank calls this with the same arguments: each runs its
+    share of the windows and solves its share of a block's layers, and the first alone writes.
+
     Raises:
         CalibrationError: a layer's Hessian cannot be used, or a block gives NaN; names it.
         CheckpointError: a layer that the recipe's checkpoint format cannot hold.
     """
     progress = progress or (lambda done, total, what: None)
+    ranks = Ranks()
     _check_holdable(model, recipe)
+    if ranks.count > 1 and recipe.pruner and recipe.pruner.allocation:
+        raise ValueError(f"compress: allocation {recipe.pruner.allocation!r} sees one rank's "
+                         f"windows only: run it on one rank")  # fmt: skip
     outcome, total = Outcome(), len(model.blocks)
     hidden = [] if hidden is None else hidden
     kwargs: list[list[dict]] = [[] for _ in range(total)]
-    finished = [Outcome.from_dict(note) for note in store.finished[:total]]
+    notes = ranks.from_first(lambda: store.finished[:total])
+    finished = [Outcome.from_dict(note) for note in notes]
+    if windows is not None:
+        windows = ranks.share(windows)
     if windows is not None and len(finished) < total:
         progress(0, total, "embedding")
         batches = list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
@@ -153,7 +164,8 @@ def compress_blocks(
         if i < len(finished):
             one = finished[i]
             if hidden:
-                put_block(model, i, dict(store.read(i)), one.schemes)
+                read = ranks.from_first(lambda i=i: dict(store.read(i)))
+                put_block(model, i, read, one.schemes)
                 _advance(model, i, hidden, kwargs[i])
         else:
             one = _compress_block(model, i, recipes[i], folds, store, int8, hidden, kwargs[i])
@@ -199,7 +211,7 @@ def _compress_block(
     for name, replacement in stored.items():
         del tensors[f"{name}.weight"]
         tensors |= replacement
-    store.write(tensors, outcome.to_dict())
+    Ranks().from_first(lambda: store.write(tensors, outcome.to_dict()))
     return outcome
 
 
@@ -270,32 +282,40 @@ def _compress_linears(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Compresses the linears in place; returns the stored tensors of the quantized ones. Hessians
     are taken out as their layers are done, so that the largest one is not alive beside all."""
-    stored, calibrated = {}, set(hessians)
+    calibrated, ranks = set(hessians), Ranks()
     shared: dict[Hessian, Inputs] = {}
+    done: dict[str, tuple] = {}
+    turn = 0  # layers with one Hessian stand side by side, and one rank takes them
     for name, linear in linears.items():
         hessian = hessians.pop(name, None)
         tokens = hessian.tokens if hessian else 0
+        one, notes = _recipe_of(name, linear, recipe, calibrated)
+        if hessian is None or hessian not in shared:
+            shared = {hessian: hessian and Inputs(hessian.matrix(), name=name)}
+            turn += 1
+        if turn % ranks.count != ranks.rank:
+            continue
         weight = model.get_weight(linear).to(model.stored_dtype(model.tensor_name(name, linear)))
         started = time.perf_counter()
-        one, notes = _recipe_of(name, linear, recipe, calibrated)
         if one is None:
-            outcome.layers.append(_report(name, "dense", weight, None, 0.0, tokens, 0.0, notes))
+            done[name] = _report(name, "dense", weight, None, 0.0, tokens, 0.0, notes), None, None
             continue
-        if hessian is not None and hessian not in shared:
-            shared = {
-                hessian: Inputs(hessian.matrix(), name=name)
-            }  # layers that share one stand side by side
-        result = one_layer.compress(weight, shared.get(hessian), one, name=name)
+        result = one_layer.compress(weight, shared[hessian], one, name=name)
         model.set_weight(linear, result.weight)
-        tensors = None
+        encoded = None
         if result.qweight is not None:
-            tensors, scheme = encode(name, result.qweight, int8, one.quantizer)
-            outcome.schemes[name] = scheme
-            stored[name] = tensors
-        outcome.layers.append(
-            _report(name, one.name, result.weight, result.qweight, result.error, tokens,
-                    time.perf_counter() - started, notes + result.notes)
-        )  # fmt: skip
+            encoded = encode(name, result.qweight, int8, one.quantizer)
+        report = _report(name, one.name, result.weight, result.qweight, result.error, tokens,
+                         time.perf_counter() - started, notes + result.notes)  # fmt: skip
+        done[name] = report, encoded, result.weight if ranks.count > 1 else None
+    done, stored = ranks.merged(done), {}
+    for name, linear in linears.items():
+        report, encoded, weight = done[name]
+        outcome.layers.append(report)
+        if weight is not None:
+            model.set_weight(linear, weight)
+        if encoded is not None:
+            stored[name], outcome.schemes[name] = encoded
     return stored
 
 

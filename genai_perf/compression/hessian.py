@@ -69,6 +69,16 @@ class Hessian:
             raise CalibrationError(f"{self.name}: its calibration inputs hold NaN or infinity")
         return self._mean
 
+    @property
+    def sums(self) -> torch.Tensor:
+        """The matrix as it is now, to be added to in place."""
+        return self._mean
+
+    def weigh(self, share: float, tokens: int) -> None:
+        """Makes it its part of a mean over `tokens` tokens, of which it saw this share."""
+        self._mean *= share
+        self.tokens = tokens
+
     def rescale(self, scale: torch.Tensor) -> None:
         """Makes it that of the inputs x / scale, (columns,)."""
         self._mean.div_(scale).div_(scale[:, None])

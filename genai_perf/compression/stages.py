@@ -6,6 +6,7 @@ import torch
 
 from .capture import Layer, inputs_of, watched
 from .hessian import Hessian
+from .ranks import Ranks
 from .recipe import Recipe
 
 
@@ -16,11 +17,11 @@ def calibrate(
     hidden: MutableSequence[torch.Tensor],
     kwargs: list[dict],
 ) -> dict[str, Hessian]:
-    """The Hessians of some layers of block i, loaded, for its inputs."""
+    """The Hessians of some layers of block i, loaded, for its inputs, on all ranks."""
     with inputs_of(layers) as hessians:
         for batch, call in zip(hidden, kwargs, strict=True):
             model.forward_block(i, batch, call)
-    return hessians
+    return Ranks().summed(hessians)
 
 
 def stages_of(

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, MutableSequence, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..compression import folding
 from ..compression.activations import OnDisk
 from ..compression.apply import Progress, compress_blocks, quantization_config
 from ..compression.quality import measure
+from ..compression.ranks import Ranks
 from ..compression.recipe import Recipe
 from ..compression.report import Report
 from ..io import compressed_tensors
@@ -54,6 +55,10 @@ def compress(
     Every finished block is committed to `.<name>.partial` beside dst. A call that was interrupted
     or killed at any moment goes on from there when it is repeated, and writes the same bytes as if
     it had not been; a call with other settings is refused.
+
+    Where torch.distributed is in use, all ranks make the same call, on folders that all can read:
+    each calibrates on its share of the windows and solves its share of every block's layers, the
+    first writes, and all get the report.
 
     Args:
         src: dense checkpoint folder: config.json, safetensors, tokenizer.
@@ -96,7 +101,7 @@ def compress(
         raise CalibrationError(f"recipe {recipe.name} needs calibration text, got none")
     check_choice("compress", "int8", int8, compressed_tensors.INT8_LAYOUTS)
     check_choice("compress", "activations", activations, ("memory", "disk"))
-    work_folder(Path(dst))  # before the source is read through
+    Ranks().from_first(lambda: work_folder(Path(dst)))  # before the source is read through
     checkpoint = Checkpoint(src)
     # fp32 on a CPU, which is slow and coarse in half precision; what is stored is in the
     # checkpoint's dtype either way.
@@ -118,26 +123,24 @@ def compress(
         "max_shard_size": max_shard_size,
         "versions": _versions(),
     }
-    writer = ResumableWriter(dst, key=key, source=src, max_shard_size=max_shard_size,
-                             restart=restart)  # fmt: skip
-    with writer, _layer_inputs(activations, writer) as hidden:
-        if not writer.finished:
-            model.check_finite()
-        try:
-            outcome = compress_blocks(model, recipe, writer, windows=windows, hidden=hidden,
-                                      int8=int8, progress=progress)  # fmt: skip
-        except (CheckpointError, CalibrationError) as error:
-            if not writer.finished:
+    ranks, store = Ranks(), _Elsewhere()
+
+    def open_store() -> None:
+        nonlocal store
+        store = ResumableWriter(dst, key=key, source=src, max_shard_size=max_shard_size,
+                                restart=restart)  # fmt: skip
+        if not store.finished:
+            try:
+                model.check_finite()
+            except CheckpointError:
+                store.__exit__()
                 raise
-            raise type(error)(f"{error}; {len(writer.finished)} finished blocks are kept, and the "
-                              f"same call goes on from them") from error  # fmt: skip
+
+    def finish() -> Report:
         for name, tensor in folding.outside(model, recipe):
-            if name not in writer:
-                writer.write({name: tensor})
-        quality = None
-        if unseen is not None:
-            quality = asdict(measure(model, recipe, writer, unseen))
-        notes = [f"{name}: not carried over: the model has no such tensor" for name in model.unused]
+            if name not in store:
+                store.write({name: tensor})
+        unknown = [f"{n}: not carried over: the model has no such tensor" for n in model.unused]
         report = Report(
             recipe=recipe.to_dict(),
             name=recipe.name,
@@ -146,29 +149,47 @@ def compress(
             calibration=key["calibration"],
             layers=tuple(outcome.layers),
             nbytes_before=checkpoint.nbytes,
-            nbytes_after=writer.nbytes,
+            nbytes_after=store.nbytes,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=_peak_rss(),
             versions=key["versions"],
-            notes=(*outcome.notes, *notes),
-            quality=quality,
+            notes=(*outcome.notes, *unknown),
+            quality=None if unseen is None else asdict(measure(model, recipe, store, unseen)),
         )
-        writer.write_json("report.json", report.to_dict())
+        store.write_json("report.json", report.to_dict())
         config = folding.config(recipe, checkpoint.config)
         quantized = quantization_config(model, recipe, outcome)
         if quantized is not None:
             config["quantization_config"] = quantized
-        writer.commit(config)
-    return report
+        store.commit(config)
+        return report
+
+    ranks.from_first(open_store)
+    with store, _layer_inputs(activations, Path(dst), ranks.rank) as hidden:
+        try:
+            outcome = compress_blocks(model, recipe, store, windows=windows, hidden=hidden,
+                                      int8=int8, progress=progress)  # fmt: skip
+        except (CheckpointError, CalibrationError) as error:
+            if not store.finished:
+                raise
+            raise type(error)(f"{error}; {len(store.finished)} finished blocks are kept, and the "
+                              f"same call goes on from them") from error  # fmt: skip
+        return ranks.from_first(finish)
+
+
+class _Elsewhere(nullcontext):
+    """The store of every rank but the first, which writes for all."""
+
+    finished: tuple = ()
 
 
 @contextmanager
-def _layer_inputs(where: str, writer: ResumableWriter) -> Iterator[MutableSequence[torch.Tensor]]:
+def _layer_inputs(where: str, dst: Path, rank: int) -> Iterator[MutableSequence[torch.Tensor]]:
     if where == "memory":
         yield []
         return
-    folder = writer.work / "activations"
-    with disk(writer.dst):
+    folder = dst.parent / f".{dst.name}.partial" / f"activations-{rank}"
+    with disk(dst):
         shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
         folder.mkdir()
         try:
