@@ -7,6 +7,7 @@ from .alu import OPS, operator
 from .errors import refuse, require
 from .machine import (
     HANDLE,
+    check_tiles,
     current,
     mark,
     operand,
@@ -127,9 +128,7 @@ def local_gather(dst, src_buffer, index, num_elem_per_idx=1, num_valid_indices=N
 def nc_stream_shuffle(dst, src, shuffle_mask, name=None):
     """Inside each quadrant of 32 partitions, partition i takes shuffle_mask[i]; 255 keeps it."""
     what, machine = "nc_stream_shuffle", current()
-    tile(what, "dst", dst)
-    tile(what, "src", src)
-    same_shape(what, dst, src=src)
+    check_tiles(what, dst, src=src)
     require(dst.dtype is src.dtype and len(shuffle_mask) == 32,
             f"{what}: one type and 32 entries needed")  # fmt: skip
     machine.issue("vector", what, dst.free)

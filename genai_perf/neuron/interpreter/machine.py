@@ -148,6 +148,14 @@ def same_shape(instruction: str, dst: Tensor, **sources: Tensor) -> None:
                    f"of dst {dst.shape}")  # fmt: skip
 
 
+def check_tiles(instruction: str, dst, **sources) -> None:
+    """dst and sources are tiles of equal partitions, with as many elements in each."""
+    tile(instruction, "dst", dst)
+    for name, source in sources.items():
+        tile(instruction, name, source)
+    same_shape(instruction, dst, **sources)
+
+
 def not_both_psum(instruction: str, first: Tensor, second: Tensor) -> None:
     if first.in_psum() and second.in_psum():
         refuse(f"{instruction}: two inputs must not both be in PSUM")

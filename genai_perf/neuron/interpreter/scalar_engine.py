@@ -8,11 +8,11 @@ from .enums import reduce_cmd as commands
 from .errors import refuse, require
 from .machine import (
     HANDLE,
+    check_tiles,
     current,
     from_generation,
     operand,
     read,
-    same_shape,
     store,
     tile,
 )
@@ -38,9 +38,7 @@ def activation_(dst, op, data, bias=None, scale=1.0, reduce_op=None, reduce_res=
                 reduce_cmd=commands.idle, name=None):  # fmt: skip
     """dst = op(data * scale + bias); reduce_op=nl.add sums the rows of the result in fp32."""
     what, machine = "activation", current()
-    tile(what, "dst", dst)
-    tile(what, "data", data)
-    same_shape(what, dst, data=data)
+    check_tiles(what, dst, data=data)
     op = activation(what, op)
     shift = _bias(what, machine, bias, dst)
     factor = operand(what, "scale", scale, machine, dst.shape[0])
@@ -82,9 +80,7 @@ def exponential(dst, src, max_value=0.0, reduce_res=None, reduce_cmd=commands.id
     """gen4, on Vector: exp(src - max_value), at four times the Scalar engine's rate."""
     what, machine = "exponential", current()
     from_generation(machine, 4, what)
-    tile(what, "dst", dst)
-    tile(what, "src", src)
-    same_shape(what, dst, src=src)
+    check_tiles(what, dst, src=src)
     shift = operand(what, "max_value", max_value, machine, dst.shape[0])
     machine.issue("vector", what, dst.free / 4)
     if machine.dry:

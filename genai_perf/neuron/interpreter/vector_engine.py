@@ -8,6 +8,7 @@ from .enums import engine as engines
 from .errors import refuse, require
 from .machine import (
     HANDLE,
+    check_tiles,
     check_written,
     current,
     from_generation,
@@ -62,9 +63,7 @@ def _check_bits(what: str, *tiles: Tensor) -> None:
 def tensor_tensor(dst, data1, data2, op, engine=engines.unknown, name=None):
     """dst = data1 op data2."""
     what, machine = "tensor_tensor", current()
-    for n, x in (("dst", dst), ("data1", data1), ("data2", data2)):
-        tile(what, n, x)
-    same_shape(what, dst, data1=data1, data2=data2)
+    check_tiles(what, dst, data1=data1, data2=data2)
     op = check_op(what, machine, operator(what, "op", op))
     require(op.kind != "unary", f"{what}: op must take two operands, got {op!r}")
     not_both_psum(what, data1, data2)
@@ -125,9 +124,7 @@ def tensor_scalar(
 ):
     """dst = (data op0 operand0) op1 operand1, the operands numbers or (P, 1)."""
     what, machine = "tensor_scalar", current()
-    tile(what, "dst", dst)
-    tile(what, "data", data)
-    same_shape(what, dst, data=data)
+    check_tiles(what, dst, data=data)
     op0 = check_op(what, machine, operator(what, "op0", op0))
     op1 = None if op1 is None else check_op(what, machine, operator(what, "op1", op1))
     bits = op0.kind == "bits"
@@ -179,9 +176,7 @@ def scalar_tensor_tensor(
 ):
     """dst = (data op0 operand0) op1 operand1, operand0 a number or (P, 1), operand1 a tile."""
     what, machine = "scalar_tensor_tensor", current()
-    for n, x in (("dst", dst), ("data", data), ("operand1", operand1)):
-        tile(what, n, x)
-    same_shape(what, dst, data=data, operand1=operand1)
+    check_tiles(what, dst, data=data, operand1=operand1)
     op0, op1 = (check_op(what, machine, operator(what, "op", op)) for op in (op0, op1))
     require("bits" not in (op0.kind, op1.kind), f"{what}: arithmetic only")
     scalar = operand(what, "operand0", operand0, machine, dst.shape[0])
@@ -281,9 +276,7 @@ def tensor_tensor_scan(
 ):
     """r[i] = (data0[i] op0 r[i - 1]) op1 data1[i], r[-1] = initial."""
     what, machine = "tensor_tensor_scan", current()
-    for n, x in (("dst", dst), ("data0", data0), ("data1", data1)):
-        tile(what, n, x)
-    same_shape(what, dst, data0=data0, data1=data1)
+    check_tiles(what, dst, data0=data0, data1=data1)
     op0, op1 = (check_op(what, machine, operator(what, "op", op)) for op in (op0, op1))
     start = operand(what, "initial", initial, machine, dst.shape[0])
     not_both_psum(what, data0, data1)
@@ -304,9 +297,7 @@ def tensor_tensor_scan(
 def tensor_copy_predicated(dst, src, predicate, reverse_pred=False, name=None):
     """dst = src where predicate is not 0; elsewhere dst stays."""
     what, machine = "tensor_copy_predicated", current()
-    tile(what, "dst", dst)
-    tile(what, "predicate", predicate)
-    same_shape(what, dst, predicate=predicate)
+    check_tiles(what, dst, predicate=predicate)
     require(
         predicate.dtype.name in ("uint8", "uint16", "uint32", "bool_"),
         f"{what}: predicate must be of unsigned integers, got {predicate.dtype}",
@@ -333,9 +324,7 @@ def tensor_copy_predicated(dst, src, predicate, reverse_pred=False, name=None):
 def reciprocal(dst, data, name=None):
     """dst = 1 / data, precise: 8 cycles an element."""
     what, machine = "reciprocal", current()
-    tile(what, "dst", dst)
-    tile(what, "data", data)
-    same_shape(what, dst, data=data)
+    check_tiles(what, dst, data=data)
     machine.issue("vector", what, 8 * dst.free)
     if not machine.dry:
         store(dst, (1 / read(data)).astype(np.float32))

@@ -8,13 +8,13 @@ from .enums import reduce_cmd as commands
 from .errors import refuse, require
 from .machine import (
     HANDLE,
+    check_tiles,
     current,
     from_generation,
     not_both_psum,
     operand,
     raw,
     read,
-    same_shape,
     store,
     tile,
 )
@@ -72,9 +72,7 @@ def tensor_scalar_reduce(
 ):
     """dst = data op0 operand0, and its reduction over each row."""
     what, machine = "tensor_scalar_reduce", current()
-    tile(what, "dst", dst)
-    tile(what, "data", data)
-    same_shape(what, dst, data=data)
+    check_tiles(what, dst, data=data)
     _check_res(what, reduce_res, dst)
     op0 = check_op(what, machine, operator(what, "op0", op0))
     reduce_op = check_op(what, machine, reducer(what, "reduce_op", reduce_op))
@@ -122,9 +120,7 @@ def range_select(
     """Keep element f where comp_op0(range_start + f, bound0) and comp_op1(.., bound1); row max."""
     what, machine = "range_select", current()
     from_generation(machine, 3, what)
-    tile(what, "dst", dst)
-    tile(what, "on_true_tile", on_true_tile)
-    same_shape(what, dst, on_true_tile=on_true_tile)
+    check_tiles(what, dst, on_true_tile=on_true_tile)
     _check_res(what, reduce_res, dst)
     if reduce_op is not None:
         require(
@@ -192,9 +188,7 @@ def tensor_scalar_cumulative(
 ):
     """Running reduction by op1 of src op0 imm0."""
     what, machine = "tensor_scalar_cumulative", current()
-    tile(what, "dst", dst)
-    tile(what, "src", src)
-    same_shape(what, dst, src=src)
+    check_tiles(what, dst, src=src)
     op0, op1 = (check_op(what, machine, operator(what, "op", op)) for op in (op0, op1))
     other = operand(what, "imm0", imm0, machine, dst.shape[0])
     first = None if imm1 is None else operand(what, "imm1", imm1, machine, dst.shape[0])
