@@ -174,7 +174,9 @@ def factorize(
         for start in range(0, len(work), _PANEL):
             rows = last_first[start : start + _PANEL]
             work[start : start + _PANEL] = hessian[rows][:, last_first]
-        wanted = _damped_diagonal(hessian, damp_frac, name, dtype)[0][last_first]
+        if dtype != diagonal.dtype:
+            diagonal, _ = _damped_diagonal(hessian, damp_frac, name, dtype)
+        wanted = diagonal[last_first]
         work.diagonal().copy_(wanted)
         info = torch.empty((), dtype=torch.int32, device=work.device)
         # The transpose is column-major, which LAPACK wants, and leaves L itself row-major.
