@@ -55,6 +55,12 @@ def test_every_fp8_code(fmt):
     assert torch.equal(got[rows], q.dequantize()[rows]) and not torch.isfinite(got[~rows]).all()
 
 
+def test_formats_it_does_not_take():
+    weight = gp.quantize(torch.randn(8, 64), "dynamic8")
+    with interpreting(), pytest.raises(gp.BackendUnsupported, match="no kernel for dynamic8"):
+        gp.quant_matmul(torch.ones(1, 64), weight, backend="nki")
+
+
 GROUPED = {
     "int4": ("int4", {}), "int4-asymmetric": ("int4", {"symmetric": False}),
     "int4-g1024": ("int4", {"group_size": 1024}), "int4-row": ("int4", {"group_size": -1}),

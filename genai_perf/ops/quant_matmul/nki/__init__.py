@@ -6,18 +6,24 @@ from ...._backends import nki as toolchain
 from ....formats import Spec, get
 from . import layout
 
+FORMATS = ("int8", "fp8", "fp8_240", "fp8_e5m2", "nf4", "int4")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(x, qdata, scale, zero_point, nested_scale, scale_offset, bias,
             format, group_size, n) -> str | None:  # fmt: skip
     tensors = (x, qdata, scale, zero_point, nested_scale, scale_offset, bias)
-    return toolchain.why_not(*tensors)
+    return toolchain.why_not(*tensors) or _why_not_format(format)
 
 
 def why_not_backward(dy, qdata, scale, zero_point, nested_scale, scale_offset,
                      format, group_size, k) -> str | None:  # fmt: skip
-    return toolchain.why_not(dy, qdata, scale, zero_point, nested_scale, scale_offset)
+    weight = (qdata, scale, zero_point, nested_scale, scale_offset)
+    return toolchain.why_not(dy, *weight) or _why_not_format(format)
+
+
+def _why_not_format(format: str) -> str | None:
+    return None if format in FORMATS else f"nki has no kernel for {format} weights"
 
 
 def _bias(bias, n: int, like: torch.Tensor) -> torch.Tensor:
