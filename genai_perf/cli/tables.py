@@ -66,11 +66,11 @@ def show_matrix(rows: list[dict], console: Console) -> None:
 
 
 def show_models(found: list[dict], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("model", overflow="fold", min_width=12)
-    for heading in ("batch", "length", "prefill\ntok/s", "decode\ntok/s", "first\nms",
+    table = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    table.add_column("model", overflow="fold", width=14)
+    for heading in ("batch", "len", "prefill\ntok/s", "decode\ntok/s", "first\nms",
                     "peak\nmemory", "train\nms", "MFU", "peak in\ntraining"):  # fmt: skip
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     notes = []
     for row in found:
         name, size = row["variant"], [str(row["batch"]), str(row["length"])]
