@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
@@ -144,8 +145,10 @@ def run(selections: Sequence[Selection], settings: Settings, *, samples: Path | 
     """
     clock = results.Clock()
     progress = progress or (lambda stage, done, total, what: None)
-    work = [(one, case, phase) for one in selections
-            for case, phase in select(one, settings.quick)]  # fmt: skip
+    parts = [[(one, *chosen) for chosen in select(one, settings.quick)] for one in selections]
+    # Where time may end, the ops take turns, so that it is no op's whole that is left out.
+    turns = parts if settings.total_seconds is None else zip_longest(*parts)
+    work = [item for turn in turns for item in turn if item is not None]
     timer = timer_for(settings.device, settings.timer)
     seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
     settings = replace(settings, seed=seed)

@@ -203,3 +203,10 @@ def test_the_highest_roof_of_a_run_holds_for_all_of_its_rows(small, monkeypatch)
     assert row["bound"] == {"by": "compute", "seconds": row["flops"] / 5e6}
     ours = by_name(row)["native"]
     assert ours["share_of_bound"] == row["bound"]["seconds"] / ours["median"]
+
+
+def test_ops_take_turns_where_time_may_end(small):
+    chosen = [Selection("attention"), Selection("quantize")]
+    ended = replace(QUICK, quick=True, total_seconds=0.0)
+    left = runner.run(chosen, ended)["left_out"]
+    assert [name.split()[0] for name in left[:4]] == ["attention", "quantize"] * 2
