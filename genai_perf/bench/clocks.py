@@ -150,6 +150,11 @@ class NeuronTimer(_HostTimer):
         return handle
 
 
+def torch_device(device: str) -> str:
+    """What torch calls a device: Neuron's is "xla" where torch_xla drives it."""
+    return "xla" if device == "neuron" else device
+
+
 def why_not(name: str) -> str | None:
     """Why a timer cannot run here, in one sentence, or None."""
     check_choice("timer", "name", name, TIMERS)

@@ -2,6 +2,7 @@
 
 Time comes from the host's clock around work that is waited for, memory from sysfs, utilisation from
 neuron-monitor where it can be started. What a host does not offer is None in the result.
+`genaiperf bench run OP --device neuron` puts this into the rows of its report (`runner`).
 """
 
 import shutil
@@ -74,6 +75,15 @@ def measure(
         "profile": summary,
         "topology": host.topology(root).to_dict(),
     }
+
+
+def variant_memory(found: dict, floor_bytes: int) -> dict:
+    """What a report's row says of a variant's memory on Neuron, from what `measure` gave: the peak
+    of the largest core, not of a fresh process, because a core belongs to one process."""
+    peak = found["peak_device_bytes"]
+    if peak is None:
+        return {"reason": "sysfs offers no peak of device memory here"}
+    return {"peak_device_bytes": peak, "over_floor": peak / floor_bytes}
 
 
 def last_usage(text: str) -> dict | None:

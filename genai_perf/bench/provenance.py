@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+from ..neuron import host
 from .machine import commit, machine, versions
 from .trace import Nvml
 
@@ -33,6 +34,7 @@ def provenance(device: str) -> dict:
         "governor": _governor(),
         "device": device,
         "gpu": _gpu() if device == "cuda" else None,
+        "neuron": host.topology().to_dict() if device == "neuron" else None,
         "ptxas": _ptxas(),
     }
 

@@ -32,6 +32,10 @@ _VARIANT = {
     "share_of_bound": _MAYBE,
     "memory": (dict, type(None)),
 }
+# Of a variant in a row of device "neuron": what `neuron.measure` gives.
+_NEURON = {"seconds": list, "median_seconds": _NUMBER, "memory": dict,
+           "peak_device_bytes": (int, type(None)), "utilization": (dict, type(None)),
+           "profile": (dict, type(None)), "topology": dict}  # fmt: skip
 _COMPARISON = {"baseline": str, "candidate": str, "ratio": _NUMBER, "low": _NUMBER,
                "high": _NUMBER, "pairs": int, "verdict": str, "reason": str}  # fmt: skip
 _ROW = {
@@ -114,6 +118,8 @@ def validate(report: object) -> None:
     schema.check("report", report, _REPORT)
     for i, row in enumerate(report["rows"]):
         for variant in row["variants"]:
+            if "neuron" in variant:
+                schema.check(f"report.rows[{i}].neuron", variant["neuron"], _NEURON)
             if variant["status"] not in STATUSES:
                 raise ValueError(f"report.rows[{i}]: status must be one of {', '.join(STATUSES)}, "
                                  f"got {variant['status']!r}")  # fmt: skip

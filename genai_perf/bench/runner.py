@@ -19,8 +19,8 @@ import torch
 
 from .._errors import BackendUnsupported
 from ..ops import OPS
-from . import caches, peers, probe, results, shapes
-from .clocks import timer_for
+from . import caches, neuron, peers, probe, results, shapes
+from .clocks import timer_for, torch_device
 from .memory import FreshProcesses
 from .problem import Check, Problem, Unsupported, choose
 from .provenance import provenance, triton_kernels
@@ -93,6 +93,7 @@ class _Entry:
     numerics: str | None = None
     seconds: list[float] = field(default_factory=list)
     memory: dict | None = None
+    neuron: dict | None = None  # of `neuron.measure`
 
 
 def select(selection: Selection, quick: bool = False) -> list[tuple[object, str]]:
@@ -159,7 +160,9 @@ def run(selections: Sequence[Selection], settings: Settings, *, samples: Path | 
         dtypes = {case.dtype for _, case, _ in work} | {torch.float32}
 
         def measured_peaks() -> Peaks:
-            return measure_peaks(settings.device, sorted(dtypes, key=str), timer=timer)
+            return measure_peaks(
+                torch_device(settings.device), sorted(dtypes, key=str), timer=timer
+            )
 
         peaks, looked = measured_peaks(), clock.spent()
         with _journal(samples) as write, _processes(settings) as fresh:
@@ -191,7 +194,7 @@ def _under(row: dict, peaks: Peaks) -> None:
 def _row(one: Selection, case, phase: str, settings: Settings, timer,
          write: Callable[[dict], None], fresh: FreshProcesses | None) -> dict:  # fmt: skip
     room = suite(one.op)
-    problem = room.make(case, phase, settings.device, settings.seed)
+    problem = room.make(case, phase, torch_device(settings.device), settings.seed)
     entries, calls = _prepare(one, room, problem, settings)
     ready = [entry for entry in entries if entry.status == "ok"]
     trace, measured = Trace(settings.device), None
@@ -232,7 +235,11 @@ def _row(one: Selection, case, phase: str, settings: Settings, timer,
             for theirs in ready
             if not theirs.own
         ]
-    if fresh is not None:
+    if settings.device == "neuron":
+        for entry in ready:
+            entry.neuron = neuron.measure(calls[entry.name], synchronize=timer.synchronize)
+            entry.memory = neuron.variant_memory(entry.neuron, problem.floor_bytes)
+    elif fresh is not None:
         for entry in ready:
             entry.memory = _memory(fresh, entry, about, one.model, settings, problem)
     row = about | {
@@ -358,7 +365,7 @@ def _memory(fresh: FreshProcesses, entry: _Entry, about: dict, model: Path | Non
 def _variant(entry: _Entry, problem: Problem) -> dict:
     middle = median(entry.seconds) if entry.seconds else None
     check = entry.check
-    return {
+    row = {
         "name": entry.name,
         "own": entry.own,
         "status": entry.status,
@@ -372,6 +379,7 @@ def _variant(entry: _Entry, problem: Problem) -> dict:
         "bytes_per_s": problem.floor_bytes / middle if middle else None,
         "memory": entry.memory,
     }
+    return row if entry.neuron is None else row | {"neuron": entry.neuron}
 
 
 def _finite(value: float) -> float | None:
@@ -390,7 +398,7 @@ def _journal(path: Path | None) -> Iterator[Callable[[dict], None]]:
 
 @contextmanager
 def _processes(settings: Settings) -> Iterator[FreshProcesses | None]:
-    if not settings.memory:
+    if not settings.memory or settings.device == "neuron":
         yield None
         return
     with FreshProcesses(preload=_PRELOAD) as fresh:

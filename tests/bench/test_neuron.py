@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from genai_perf.bench import neuron
+from genai_perf import BackendUnsupported
+from genai_perf.bench import neuron, results, runner
+from genai_perf.bench.clocks import CpuTimer
+
+from .small import shrink
 
 SAMPLES = Path(__file__).parent.parent / "neuron" / "samples"
 
@@ -54,6 +58,50 @@ def test_a_host_that_offers_nothing(tmp_path):
     got = neuron.measure(lambda: None, rounds=1, root=tmp_path, monitor="no-such-command")
     assert got["peak_device_bytes"] is None and got["utilization"] is None
     assert got["topology"]["devices"] == ()
+
+
+@pytest.fixture
+def on_neuron(root, monkeypatch):
+    """The runner on a host of files, whose device is the processor: a stand-in, not Neuron."""
+    peak = next(root.rglob("peak"))
+    real = neuron.measure
+
+    def measured(call, *, synchronize):
+        def work():
+            call()
+            peak.write_text("4096000")
+
+        return real(work, synchronize=synchronize, root=root, monitor=None)
+
+    monkeypatch.setattr(neuron, "measure", measured)
+    monkeypatch.setattr(runner, "torch_device", lambda device: "cpu")
+    monkeypatch.setattr(runner, "timer_for", lambda device, name: CpuTimer())
+    peaks = runner.Peaks(2e10, 2e10, {"float32": 1e11})
+    monkeypatch.setattr(runner, "measure_peaks", lambda *args, **options: peaks)
+    return shrink(monkeypatch, "quantize")
+
+
+def test_the_runner_puts_it_into_the_report(on_neuron, tmp_path):
+    settings = runner.Settings(device="neuron", cache="hot", budget_seconds=1, warmup_seconds=0)
+    selection = runner.Selection("quantize", tuple(on_neuron)[:1])
+    report = runner.run([selection], settings)
+    (row,) = report["rows"]
+    assert row["device"] == report["provenance"]["device"] == "neuron"
+    assert report["provenance"]["neuron"]["devices"] is not None
+    for variant in row["variants"]:
+        assert variant["neuron"]["peak_device_bytes"] == 4096000
+        assert variant["memory"]["over_floor"] == 4096000 / row["floor_bytes"]
+        assert len(variant["neuron"]["seconds"]) == 10
+    results.write(tmp_path / "r.json", report)
+    assert results.load(tmp_path / "r.json") == json.loads(json.dumps(report))
+    row["variants"][0]["neuron"]["seconds"] = "0.1"
+    with pytest.raises(ValueError, match=r"rows\[0\].neuron.seconds must be list"):
+        results.validate(report)
+
+
+def test_a_host_without_the_packages_is_told(tmp_path):
+    with pytest.raises(BackendUnsupported, match="no Neuron device: torch_xla and torch_neuronx"):
+        runner.run([runner.Selection("quantize")], runner.Settings(device="neuron"))
 
 
 def test_bad_input(tmp_path):
