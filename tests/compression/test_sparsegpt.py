@@ -48,6 +48,7 @@ def test_float32_masks_and_error_follow_the_paper(setting):
     # its row may; where rows compete, one of another row with it.
     same = (result.mask.numpy() == kept).all(1)
     assert (~same).sum() <= 2
+    assert abs(result.error / oracles.error(weight, want, hessian) - 1) < 4e-3
     mine = oracles.error(weight[same], result.weight[same], hessian)
     assert abs(mine / oracles.error(weight[same], want[same], hessian) - 1) < 1e-3
     assert result.error == pytest.approx(oracles.error(weight, result.weight, hessian), rel=1e-4)
