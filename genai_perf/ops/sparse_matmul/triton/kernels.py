@@ -78,20 +78,9 @@ def _sparse_gemv_kernel(
     sums = tl.zeros((BLOCK_N, UNITS, 8), tl.float32)
     for done in range(0, units, UNITS):
         weight, column, begin = expand(
-            values_ptr,
-            index_ptr,
-            scale_ptr,
-            rows,
-            begin,
-            done,
-            n,
-            units,
-            groups,
-            group_size,
-            KIND,
-            TWO_FOUR,
-            UNITS,
-        )
+            values_ptr, index_ptr, scale_ptr, rows, begin, done, n, units, groups, group_size,
+            KIND, TWO_FOUR, UNITS,
+        )  # fmt: skip
         x = tl.load(x_ptr + i * k + column, mask=column < k, other=0.0)
         sums += weight * x.to(tl.float32)
     y = tl.sum(tl.sum(sums, 2), 1)
@@ -113,19 +102,8 @@ def _sparse_decode_kernel(
         begin = tl.load(start_ptr + rows, mask=rows < stop, other=0)
     for done in range(0, units, UNITS):
         weight, column, begin = expand(
-            values_ptr,
-            index_ptr,
-            scale_ptr,
-            rows,
-            begin,
-            done,
-            n,
-            units,
-            groups,
-            group_size,
-            KIND,
-            TWO_FOUR,
-            UNITS,
-        )
+            values_ptr, index_ptr, scale_ptr, rows, begin, done, n, units, groups, group_size,
+            KIND, TWO_FOUR, UNITS,
+        )  # fmt: skip
         place = out_ptr + (rows - row0)[:, None, None] * k + column
         tl.store(place, weight, mask=(column < k) & (rows < stop)[:, None, None])
