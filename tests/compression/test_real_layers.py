@@ -20,6 +20,8 @@ ROWS = 96  # of each weight: the rest would not tell more
 # What refinement may leave of the error of the published algorithm, mean over layers: those of
 # LAYERS, and all of stories260K, where least squares on the published mask leave 0.87 for 2:4.
 BOUNDS = {"0.5": 0.75, "2:4": 0.8, "4:8": 0.8, "0.7": 0.75}
+# LAYERS of stories260K alone, which are harder than its mean.
+HARDER = {"0.5": 0.8, "2:4": 0.86, "4:8": 0.86, "0.7": 0.8}
 
 
 def texts(name):
@@ -93,8 +95,8 @@ def test_refinement_beats_the_paper(model, setting):
         best = oracles.least_squares(weight[:8], damped, refined.mask[:8].numpy())
         least = oracles.error(weight[:8], best, damped)
         assert oracles.error(weight[:8], refined.weight[:8], damped) <= 1.002 * least
-    if model[0] == "embedded":
-        assert sum(ratios) / len(ratios) <= BOUNDS[setting]
+    bounds = BOUNDS if model[0] == "embedded" else HARDER
+    assert sum(ratios) / len(ratios) <= bounds[setting]
 
 
 @pytest.mark.parametrize("setting", BOUNDS)
