@@ -41,7 +41,7 @@ def test_float64_equals_the_paper(setting, columns):
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_float32_masks_and_error_follow_the_paper(setting):
-    # Seed 0 has, for 4:8, a tie within the rounding of fp32, which falls as the threads are many.
+    # Seed 0 has, for 4:8, a tie within the rounding of fp32: it was seen to fall either way.
     weight, hessian = layer(seed=1)
     want, kept = oracles.sparsegpt(weight.numpy(), hessian.numpy(), **for_oracle(setting))
     result = faithful(weight, hessian, **setting)
