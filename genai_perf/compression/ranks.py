@@ -52,6 +52,9 @@ class Ranks:
             except (ValueError, OSError) as error:
                 found[1] = error
         dist.broadcast_object_list(found)
+        # gloo's thread still has to let go of what it carried, for which it needs the interpreter:
+        # a process that ends here at once would take it away from that thread, and abort.
+        dist.barrier()
         if found[1] is not None:
             raise found[1]
         return found[0]
