@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.fsdp  # noqa: F401  imported later, it would keep the group past its end
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 from test_fused_linear import Student  # noqa: E402
@@ -34,6 +33,7 @@ def main(how: str, rank: int, folder: Path) -> None:
         grad = parameter.grad
         grads[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     torch.save(grads, folder / f"{rank}.pt")
+    dist.barrier()  # gloo's thread lets go of its tensors, for which it needs the interpreter
     dist.destroy_process_group()
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.fsdp  # noqa: F401  imported later, it would keep the group past its end
 
 import genai_perf as gp
 

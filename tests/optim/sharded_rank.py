@@ -22,6 +22,7 @@ def main(rank: int, folder: Path) -> None:
     held = [optimizer.state[p]["exp_avg"].numel() for p in model.parameters()]
     full = [p.full_tensor() for p in model.parameters()]
     torch.save((held, full), folder / f"{rank}.pt")
+    dist.barrier()  # gloo's thread lets go of its tensors, for which it needs the interpreter
     dist.destroy_process_group()
 
 
