@@ -26,11 +26,13 @@ def config(gigabytes: float, blocks: int):
     """A Llama with grouped queries whose blocks have the asked size together."""
     from transformers import LlamaConfig
 
-    # 2 bytes x hidden^2 x (q and o, k and v of a quarter, three of the feed-forward)
-    hidden = int((gigabytes * 1e9 / blocks / (2 * (2 + 0.5 + 3 * RATIO))) ** 0.5) // 512 * 512
+    # 2 bytes x (hidden^2 x (q and o, k and v of a quarter) + hidden x three of the feed-forward)
+    numbers = gigabytes * 1e9 / blocks / 2
+    hidden = max(1, round((numbers / (2.5 + 3 * RATIO)) ** 0.5 / 512)) * 512
     heads = hidden // HEAD
+    inner = max(HEAD, round((numbers / hidden - 2.5 * hidden) / 3 / HEAD) * HEAD)
     return LlamaConfig(
-        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=int(hidden * RATIO),
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=inner,
         num_attention_heads=heads, num_key_value_heads=heads // 4, num_hidden_layers=blocks,
         max_position_embeddings=2048, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
         dtype="bfloat16",

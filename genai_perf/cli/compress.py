@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from .console import Stages, need, user_errors
+from .torchrun import ranks
 
 
 def command(
@@ -51,7 +52,8 @@ def command(
     """Compress a checkpoint, one decoder block in memory at a time.
 
     A run that was killed or interrupted goes on from its last finished block when the same command
-    is given again.
+    is given again. `torchrun --nproc-per-node N -m genai_perf compress ...` shares the calibration
+    windows and each block's layers among N processes; all must see the same folders.
     """
     with user_errors("interrupted: the same command goes on from the last finished block"):
         need("hf", "transformers")
@@ -67,25 +69,27 @@ def command(
         unseen = heldout or [text[:20_000] for _, text in models.stdlib_text("heldout")]
         if heldout is None and not any(source.glob("tokenizer*.json")):
             unseen = None  # no text can be read
-        with Stages() as stages:
-            report = gp.compress(
-                source,
-                destination,
-                chosen,
-                calibration=texts,
-                max_seqlen=max_seqlen,
-                n_samples=samples,
-                int8=int8,
-                activations=activations,
-                restart=restart,
-                heldout=unseen,
-                progress=lambda done, total, what: stages.update("Blocks", done, total, what),
-            )
-        Console().print(str(report), markup=False, highlight=False)
-        typer.echo(f"{destination}: written")
-        if pack_sparse:
-            typer.echo(str(gp.pack_sparse(destination)))
-        _say_who_serves(destination)
+        with ranks() as first:
+            with Stages(quiet=not first) as stages:
+                report = gp.compress(
+                    source,
+                    destination,
+                    chosen,
+                    calibration=texts,
+                    max_seqlen=max_seqlen,
+                    n_samples=samples,
+                    int8=int8,
+                    activations=activations,
+                    restart=restart,
+                    heldout=unseen,
+                    progress=lambda done, total, what: stages.update("Blocks", done, total, what),
+                )
+            if first:
+                Console().print(str(report), markup=False, highlight=False)
+                typer.echo(f"{destination}: written")
+                if pack_sparse:
+                    typer.echo(str(gp.pack_sparse(destination)))
+                _say_who_serves(destination)
 
 
 def _say_who_serves(destination: Path) -> None:

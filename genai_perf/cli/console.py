@@ -48,9 +48,10 @@ def need(extra: str, *modules: str) -> None:
 
 
 class Stages:
-    """One progress line for each stage, with time left, on stderr; used in a `with` statement."""
+    """One progress line for each stage, with time left, on stderr; used in a `with` statement.
+    `quiet` shows none."""
 
-    def __init__(self):
+    def __init__(self, *, quiet: bool = False):
         self._bar = Progress(
             TextColumn("[bold]{task.description:<32}"),
             BarColumn(bar_width=28),
@@ -60,6 +61,7 @@ class Stages:
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[what]}"),
             console=Console(stderr=True),
+            disable=quiet,
         )
         self._tasks: dict[str, TaskID] = {}
 

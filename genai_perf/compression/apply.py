@@ -5,25 +5,24 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from .._errors import CalibrationError, CheckpointError
+from .._errors import CalibrationError
 from ..io import bitsandbytes, compressed_tensors
 from . import layer as one_layer
 from . import owl
+from .assignment import check_holdable, recipe_of
 from .capture import Layer
-from .experts import Expert, has_calibrated_sibling
-from .fallback import without_calibration
+from .experts import Expert
 from .folding import Folds
 from .hessian import Hessian, Inputs
 from .ranks import Ranks
 from .recipe import Recipe
 from .report import LayerReport
-from .rules import check_fused
 from .stages import calibrate, stages_of
 from .stored_block import encode, put_block
 
@@ -50,6 +49,7 @@ class BlockModel(Protocol):
     def stored_dtype(self, name: str) -> torch.dtype: ...
     def linears(self, i: int) -> dict[str, Layer]: ...
     def tensor_name(self, name: str, layer: Layer) -> str: ...
+    def stored_names(self, name: str, layer: Layer) -> list[str]: ...
     def get_weight(self, linear: Layer) -> torch.Tensor: ...
     def set_weight(self, linear: Layer, weight: torch.Tensor) -> None: ...
 
@@ -73,7 +73,8 @@ class Outcome:
 
     Attributes:
         layers: one report for each linear of the blocks, in order.
-        schemes: full name -> compressed-tensors scheme of each quantized layer; None under nf4.
+        schemes: name in the checkpoint -> compressed-tensors scheme of each quantized layer; None
+            under nf4.
         notes: what concerns no single layer.
     """
 
@@ -135,7 +136,7 @@ def compress_blocks(
     """
     progress = progress or (lambda done, total, what: None)
     ranks = Ranks()
-    _check_holdable(model, recipe)
+    check_holdable(model, recipe)
     if ranks.count > 1 and recipe.pruner and recipe.pruner.allocation:
         raise ValueError(f"compress: allocation {recipe.pruner.allocation!r} sees one rank's "
                          f"windows only: run it on one rank")  # fmt: skip
@@ -209,7 +210,7 @@ def _compress_block(
     known = {model.tensor_name(name, linear) for name, linear in linears.items()}
     _note_untouched(tensors, known, outcome)
     for name, replacement in stored.items():
-        del tensors[f"{name}.weight"]
+        tensors.pop(model.tensor_name(name, linears[name]), None)  # a stack goes with its first
         tensors |= replacement
     Ranks().from_first(lambda: store.write(tensors, outcome.to_dict()))
     return outcome
@@ -250,28 +251,6 @@ def quantization_config(model: BlockModel, recipe: Recipe, outcome: Outcome) -> 
     return compressed_tensors.quantization_config(outcome.schemes, dense)
 
 
-def _check_holdable(model: BlockModel, recipe: Recipe) -> None:
-    """Refuses, before any work, what the checkpoint format or a server cannot hold."""
-    quantizers = {}
-    for i in range(len(model.blocks)):
-        for name, linear in model.linears(i).items():
-            one = recipe.for_layer(name)
-            quantizer = quantizers[name] = None if recipe.skips(name) else one.quantizer
-            if quantizer is None or quantizer.format == "nf4" or isinstance(linear, Expert):
-                continue
-            form = quantizer.format
-            if form not in compressed_tensors.BITS:
-                valid = ", ".join((*compressed_tensors.BITS, "nf4"))
-                raise CheckpointError(f"recipe {one.name}: no checkpoint format holds {form}; "
-                                      f"use one of {valid}")  # fmt: skip
-            if not isinstance(linear, nn.Linear):
-                raise CheckpointError(
-                    f"{name}: is a {type(linear).__name__}, and compressed-tensors holds {form} "
-                    f"for nn.Linear only: use nf4, prune, or skip it"
-                )
-    check_fused(quantizers)
-
-
 def _compress_linears(
     model: BlockModel,
     linears: Mapping[str, Layer],
@@ -289,7 +268,7 @@ def _compress_linears(
     for name, linear in linears.items():
         hessian = hessians.pop(name, None)
         tokens = hessian.tokens if hessian else 0
-        one, notes = _recipe_of(name, linear, recipe, calibrated)
+        one, notes = recipe_of(model, name, linear, recipe, calibrated)
         if hessian is None or hessian not in shared:
             shared = {hessian: hessian and Inputs(hessian.matrix(), name=name)}
             turn += 1
@@ -304,7 +283,10 @@ def _compress_linears(
         model.set_weight(linear, result.weight)
         encoded = None
         if result.qweight is not None:
-            encoded = encode(name, result.qweight, int8, one.quantizer)
+            names = model.stored_names(name, linear)
+            # Stacked experts in int8 are read by transformers from packed words alone.
+            layout = "pack-quantized" if isinstance(linear, Expert) else int8
+            encoded = encode(names, result.qweight, layout, one.quantizer)
         report = _report(name, one.name, result.weight, result.qweight, result.error, tokens,
                          time.perf_counter() - started, notes + result.notes)  # fmt: skip
         done[name] = report, encoded, result.weight if ranks.count > 1 else None
@@ -315,30 +297,9 @@ def _compress_linears(
         if weight is not None:
             model.set_weight(linear, weight)
         if encoded is not None:
-            stored[name], outcome.schemes[name] = encoded
+            stored[name], schemes = encoded
+            outcome.schemes |= schemes
     return stored
-
-
-def _recipe_of(
-    name: str, layer: Layer, recipe: Recipe, calibrated: Collection[str]
-) -> tuple[Recipe | None, tuple[str, ...]]:
-    """What to do to one layer, None where it stays dense, and what is not as the recipe says."""
-    if recipe.skips(name):
-        return None, ()
-    one, notes = recipe.for_layer(name), ()
-    if isinstance(layer, Expert) and one.quantizer:
-        notes = (f"not quantized to {one.quantizer.format}: it is stacked with other experts, "
-                 f"which no checkpoint format here holds",)  # fmt: skip
-        if one.pruner is None:
-            return None, notes
-        one = replace(one, steps=(one.pruner,))
-    if name not in calibrated and one.needs_calibration:
-        if not has_calibrated_sibling(name, calibrated):
-            raise CalibrationError(f"{name}: no calibration token reached this layer")
-        instead = without_calibration(one)
-        notes += (f"no calibration token was routed to it: {instead.name} in place of {one.name}",)
-        one = instead
-    return one, notes
 
 
 def _report(name, recipe, weight, qweight, error, tokens, seconds, notes) -> LayerReport:

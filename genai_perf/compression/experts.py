@@ -30,6 +30,12 @@ class Expert:
         return stack[self.index].T if self.transposed else stack[self.index]
 
     @property
+    def widths(self) -> set[int]:
+        """in_features of all the module's stacks."""
+        stacks = (p for p in self.module.parameters(recurse=False) if p.dim() == 3)
+        return {stack.shape[1] if self.transposed else stack.shape[2] for stack in stacks}
+
+    @property
     def weight(self) -> torch.Tensor:
         return self.rows(getattr(self.module, self.parameter).detach())
 

@@ -1,6 +1,7 @@
 """A quantized layer as its checkpoint stores it, and a stored block back in the model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -8,24 +9,48 @@ from ..formats import QuantizedTensor
 from ..io import bitsandbytes, compressed_tensors
 from .steps import GPTQ, RTN
 
+Schemes = dict[str, compressed_tensors.Scheme | None]
+
 
 def encode(
-    name: str, qweight: QuantizedTensor, int8: str, quantizer: RTN | GPTQ
-) -> tuple[dict[str, torch.Tensor], compressed_tensors.Scheme | None]:
-    """The stored tensors of a quantized layer and their scheme, None under nf4."""
-    if qweight.format == "nf4":
-        return bitsandbytes.encode(name, qweight), None
-    activations = getattr(quantizer, "activations", None) is not None
-    int8 = "int-quantized" if activations else int8
-    scheme = compressed_tensors.scheme(qweight, int8=int8)
-    tensors = compressed_tensors.encode(name, qweight, int8=int8)
-    return tensors, scheme._replace(activations=activations)
+    names: Sequence[str], qweight: QuantizedTensor, int8: str, quantizer: RTN | GPTQ
+) -> tuple[dict[str, torch.Tensor], Schemes]:
+    """The stored tensors of a quantized layer, and the scheme of each of `names`, None under nf4.
+
+    Args:
+        names: what the checkpoint calls the layer; several share its rows equally, in order.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    schemes: Schemes = {}
+    for name, part in zip(names, _parts(qweight, len(names)), strict=True):
+        if part.format == "nf4":
+            tensors |= bitsandbytes.encode(name, part)
+            schemes[name] = None
+            continue
+        activations = getattr(quantizer, "activations", None) is not None
+        layout = "int-quantized" if activations else int8
+        scheme = compressed_tensors.scheme(part, int8=layout)
+        schemes[name] = scheme._replace(activations=activations)
+        tensors |= compressed_tensors.encode(name, part, int8=layout)
+    return tensors, schemes
+
+
+def _parts(qweight: QuantizedTensor, count: int) -> Iterator[QuantizedTensor]:
+    """Equal numbers of rows, each with its scales; formats whose components are by rows."""
+    if count == 1:
+        yield qweight
+        return
+    rows = qweight.shape[0] // count
+    for start in range(0, rows * count, rows):
+        parts = {name: tensor[start : start + rows].clone()
+                 for name, tensor in qweight.components().items()}  # fmt: skip
+        yield replace(qweight, shape=torch.Size((rows, qweight.shape[1])), **parts)
 
 
 def decode(
     name: str, tensors: Mapping[str, torch.Tensor], scheme: compressed_tensors.Scheme | None
 ) -> QuantizedTensor:
-    """What `encode` was given."""
+    """What `encode` was given, or its part of this name."""
     if scheme is None:
         return bitsandbytes.decode(name, tensors)
     return compressed_tensors.decode(name, tensors, scheme)
@@ -42,13 +67,14 @@ def put_block(
     Args:
         model: a `BlockModel`.
         tensors: what was written of the block, by name.
-        schemes: full name -> scheme of each quantized layer, among others.
+        schemes: name in the checkpoint -> scheme of each quantized layer, among others.
     """
     model.load_block(i)
     for name in model.block_tensors(i).keys() & tensors.keys():
         model.set_tensor(name, tensors[name])  # folds change normalizations too
     for name, linear in model.linears(i).items():
-        if name in schemes:
-            weight = decode(name, tensors, schemes[name])
-            weight = weight.dequantize(model.stored_dtype(model.tensor_name(name, linear)))
-            model.set_weight(linear, weight)
+        names = model.stored_names(name, linear)
+        if names and names[0] in schemes:
+            dtype = model.stored_dtype(model.tensor_name(name, linear))
+            parts = [decode(n, tensors, schemes[n]).dequantize(dtype) for n in names]
+            model.set_weight(linear, torch.cat(parts))

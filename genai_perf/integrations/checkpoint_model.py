@@ -175,6 +175,16 @@ class CheckpointModel:
             return f"{name.rsplit('.', 2)[0]}.{layer.parameter}"
         return f"{name}.weight"
 
+    def stored_names(self, name: str, layer: Layer) -> list[str]:
+        """What a checkpoint calls the layer of this full name: itself; an expert is what the files
+        call it where they hold experts one by one, in parts that share its rows (gate and up), and
+        nothing where they hold stacks."""
+        if not isinstance(layer, experts.Expert):
+            return [name]
+        if layer.transposed:
+            return []
+        return self.names.expert(self.tensor_name(name, layer), layer.index)
+
     @staticmethod
     def as_rows(layer: Layer, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor of `tensor_name` -> the layer's (out_features, in_features), a view: Conv1D's

@@ -10,7 +10,9 @@ from .._errors import CheckpointError
 from ..formats import QuantizedTensor, SparseTensor
 from ..io.checkpoints import Checkpoint, check_finite
 from ..io.dialects import quantized_layers
+from ..io.shards import TensorInfo
 from ..io.sparse_file import read_sparse
+from ..io.stored import Stored
 from ..nn import QuantLinear, SparseLinear
 from . import skeleton
 
@@ -22,9 +24,10 @@ def load_compressed(path: str | Path, *, dtype: torch.dtype | None = None,
     The packed weights go from the file into the modules as they are; no dense copy is made, when
     loading or when running. Reads compressed-tensors int4, int8 and fp8, GPTQ int4 and int8, and
     bitsandbytes nf4 and int8; activations stay in the model's dtype, also where the file asks for
-    8-bit ones. Where `genai_perf.pack_sparse` has left its side file, pruned linears are
-    `SparseLinear` and compute from their kept values. A dense folder becomes the model that
-    `from_pretrained` gives.
+    8-bit ones. Experts that transformers stacks are the exception: they are dequantized as they are
+    loaded. Where `genai_perf.pack_sparse` has left its side file, pruned linears are `SparseLinear`
+    and compute from their kept values. A dense folder becomes the model that `from_pretrained`
+    gives.
 
     Args:
         path: checkpoint folder.
@@ -41,8 +44,8 @@ def load_compressed(path: str | Path, *, dtype: torch.dtype | None = None,
     checkpoint = Checkpoint(path)
     model = skeleton.build(checkpoint, dtype)
     _place_sparse(checkpoint, model, backend)
-    _place_quantized(checkpoint, model, backend)
-    _load_rest(checkpoint, model, model.config.dtype)
+    experts = _place_quantized(checkpoint, model, backend)
+    _load_rest(_DenseExperts(checkpoint, experts, model.config.dtype), model)
     _load_generation_config(checkpoint.path, model)
     return model.requires_grad_(False)
 
@@ -90,8 +93,11 @@ def _check_current(checkpoint: Checkpoint, name: str, weight: SparseTensor, quan
                               f"the checkpoint: run genai_perf.pack_sparse again")  # fmt: skip
 
 
-def _place_quantized(checkpoint: Checkpoint, model: nn.Module, backend: str | None) -> None:
-    """Puts a QuantLinear in the place of every linear whose weight the checkpoint has quantized."""
+def _place_quantized(
+    checkpoint: Checkpoint, model: nn.Module, backend: str | None
+) -> dict[str, Stored]:
+    """Puts a QuantLinear in the place of every linear whose weight the checkpoint has quantized;
+    returns the quantized layers that are no linears of the model."""
     prefix = f"{model.base_model_prefix}."
     layers = quantized_layers(checkpoint)
     placed = {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
@@ -104,9 +110,38 @@ def _place_quantized(checkpoint: Checkpoint, model: nn.Module, backend: str | No
             if stored is not None:
                 qweight = stored.read(checkpoint, model.config.dtype)
                 model.set_submodule(name, _quant_linear(name, linear, qweight, backend))
-    if layers:
-        raise CheckpointError(f"{checkpoint.path}: {next(iter(layers))!r} is quantized, and is no "
-                              f"linear layer of {type(model).__name__}")  # fmt: skip
+    return layers
+
+
+class _DenseExperts:
+    """A checkpoint whose quantized experts are read as the dense ones that they stand for."""
+
+    def __init__(self, checkpoint: Checkpoint, experts: dict[str, Stored], dtype: torch.dtype):
+        self.path, self._checkpoint, self.dtype = checkpoint.path, checkpoint, dtype
+        self._dense = {f"{name}.weight": stored for name, stored in experts.items()}
+        self._keys = {key for stored in experts.values() for key in stored.keys}
+
+    def names(self) -> list[str]:
+        others = [name for name in self._checkpoint.names() if name not in self._keys]
+        return others + list(self._dense)
+
+    def info(self, name: str) -> TensorInfo:
+        if name not in self._dense:
+            return self._checkpoint.info(name)
+        tensor, first = self.tensor(name), self._checkpoint.info(self._dense[name].keys[0])
+        return replace(first, shape=tuple(tensor.shape), dtype=tensor.dtype, nbytes=tensor.nbytes)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if name not in self._dense:
+            return self._checkpoint.tensor(name)
+        return self._dense[name].read(self._checkpoint, self.dtype).dequantize()
+
+    def check_used(self, used: set[str], model: nn.Module) -> None:
+        """Raises CheckpointError where the model has no place for a quantized layer."""
+        for name in self._dense.keys() - used:
+            layer = name.removesuffix(".weight")
+            raise CheckpointError(f"{self.path}: {layer!r} is quantized, and is no linear layer "
+                                  f"of {type(model).__name__}")  # fmt: skip
 
 
 def _quant_linear(name: str, linear: nn.Module, qweight: QuantizedTensor,
@@ -121,9 +156,11 @@ def _quant_linear(name: str, linear: nn.Module, qweight: QuantizedTensor,
     return QuantLinear(k, n, replace(qweight, **components), linear.bias, backend=backend)
 
 
-def _load_rest(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> None:
-    """Everything that is not a quantized weight: embeddings, norms, biases, skipped linears."""
-    names = skeleton.Names(checkpoint, model)
+def _load_rest(checkpoint: _DenseExperts, model: nn.Module) -> None:
+    """Everything that is not in place yet: embeddings, norms, biases, skipped linears, experts."""
+    names, dtype = skeleton.Names(checkpoint, model), checkpoint.dtype
+    stored = (source for name, _ in skeleton.stored(model) for source in names.find(name))
+    checkpoint.check_used(set(stored), model)
     for name, tensor in list(skeleton.stored(model)):
         if tensor.device.type == "meta":
             value = names.get(name, tensor.shape)

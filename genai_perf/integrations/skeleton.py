@@ -98,6 +98,22 @@ class Names:
                 return [source for source, _ in self._sources[spelling][0]]
         return []
 
+    def expert(self, stack: str, index: int) -> list[str]:
+        """The modules of the checkpoint whose rows, one after the other, are the matrix `index` of
+        a stack of the model; none where the checkpoint does not hold its experts one by one."""
+        sources, converter = self._sources.get(stack, ((), None))
+        steps = [(type(step).__name__, step.dim) for step in getattr(converter, "operations", ())
+                 if type(step).__name__ in ("MergeModulelist", "Concatenate")]  # fmt: skip
+        if not steps or len(steps) != len(converter.operations):
+            return []
+        if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+            return []
+        found = [[source for source, matched in sources if matched == pattern][index]
+                 for pattern in converter.source_patterns]  # fmt: skip
+        if not all(name.endswith(".weight") for name in found):
+            return []
+        return [name.removesuffix(".weight") for name in found]
+
     def check(self, name: str, shape: torch.Size) -> None:
         """Raises CheckpointError where the checkpoint lacks `name` or has it in another shape,
         without reading it."""

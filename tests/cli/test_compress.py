@@ -1,6 +1,10 @@
 """genaiperf compress through the runner: what it writes, what it says, how it fails."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -44,6 +48,20 @@ def test_calibration_and_recipe_from_files(tiny_checkpoint, text_file, tmp_path)
     assert "no --calibration given" not in err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["totals"]["sparsity"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_torchrun(tiny_checkpoint, tmp_path):
+    """Two processes write one folder, and the first alone speaks."""
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            "-m", "genai_perf", "compress", str(tiny_checkpoint), str(tmp_path / "out"),
+            "--recipe", "int4-gptq", "--samples", "4", "--max-seqlen", "32"]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("out: written") == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["calibration"]["windows"] == 4
+    assert all(layer["tokens"] == 4 * 32 for layer in report["layers"])
 
 
 def test_pack_sparse_writes_the_side_file_too(tiny_checkpoint, tmp_path):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import genai_perf as gp
-from genai_perf.compression import GPTQ, Magnitude, SparseGPT, Wanda, sparsegpt
+from genai_perf.compression import GPTQ, RTN, Magnitude, SparseGPT, Wanda, sparsegpt
 from genai_perf.compression.experts import has_calibrated_sibling
 from genai_perf.compression.fallback import without_calibration
 from genai_perf.compression.recipe import Recipe
@@ -137,17 +137,90 @@ def test_only_experts_beside_calibrated_ones_fall_back():
     assert not has_calibrated_sibling("m.k_proj", seen)
 
 
-@pytest.mark.parametrize("recipe, treated", [
-    ("int8-rtn", "dense"), (Recipe((Magnitude(pattern="2:4"), GPTQ(group_size=32))), "magnitude"),
+@pytest.mark.parametrize("family, recipe, why", [
+    ("gpt-oss", Recipe((RTN("nf4"),)), "it is stacked with other experts"),
+    ("qwen3-moe", Recipe((Magnitude(pattern="2:4"), RTN("nf4"))), "hold experts in int4"),
+    ("qwen3-moe", Recipe.named("w8a8"), "8-bit activations"),
 ])  # fmt: skip
-def test_a_quantizer_leaves_experts_and_says_so(saved, tmp_path, recipe, treated):
-    report = gp.compress(saved("qwen3-moe"), tmp_path / "out", recipe, calibration=IDS)
+def test_a_quantizer_leaves_experts_and_says_so(saved, tmp_path, family, recipe, why):
+    report = gp.compress(saved(family), tmp_path / "out", recipe, calibration=IDS)
     experts = [layer for layer in report.layers if ".experts." in layer.name]
-    assert len(experts) == 3 * 8 * 2
+    assert len(experts) == 3 * 2 * (4 if family == "gpt-oss" else 8)
+    treated = "magnitude" if recipe.pruner else "dense"
     assert all(layer.recipe.startswith(treated) and layer.format == "dense" for layer in experts)
-    assert all("not quantized to int" in layer.notes[0] for layer in experts)
-    assert any("mlp.gate.weight: left dense" in note for note in report.notes)
+    assert all("not quantized to" in layer.notes[0] for layer in experts)
+    assert all(why in layer.notes[0] for layer in experts)
+    assert any("left dense" in note for note in report.notes)
     assert all(layer.format != "dense" for layer in report.layers if layer not in experts)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("recipe", ["int4-gptq", "int8-rtn", "fp8-rtn", "sparsegpt-2:4+int4-gptq"])
+def test_quantized_experts_are_read_by_transformers(saved, tmp_path, family, recipe):
+    from transformers import AutoModelForCausalLM
+
+    report = gp.compress(saved(family), tmp_path / "out", recipe, calibration=IDS)
+    assert all(layer.format != "dense" for layer in report.layers)
+    ours, model = gp.load_compressed(tmp_path / "out"), CheckpointModel(saved(family))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.equal(theirs(IDS).logits, ours(IDS).logits)
+    for i, (prefix, block) in enumerate(model.blocks):
+        model.load_block(i)
+        was = block.mlp.experts.down_proj
+        now = theirs.get_submodule(prefix).mlp.experts.down_proj
+        found = {layer.name: layer for layer in report.layers}
+        for e in range(len(was)):
+            layer = found[f"{prefix}.mlp.experts.{e}.down_proj"]
+            if layer.recipe == "int8-rtn":
+                want = gp.quantize(was[e].detach(), "int8").dequantize()
+                assert torch.allclose(now[e], want, rtol=1e-6, atol=0)
+            assert (
+                0 < (now[e] - was[e]).norm() / was[e].norm() < (0.7 if "sparse" in recipe else 0.3)
+            )
+
+
+def test_experts_without_tokens_are_rounded_to_nearest(saved, tmp_path):
+    """Two tokens reach at most four of eight experts."""
+    src = saved("qwen3-moe")
+    report = gp.compress(src, tmp_path / "out", "int4-gptq", calibration=IDS[:1, :2])
+    fell = [layer for layer in report.layers if not layer.tokens]
+    assert len(fell) >= 3 * 2 * 4
+    for layer in fell:
+        assert layer.recipe == "int4-rtn-mse" and ".experts." in layer.name
+        assert layer.notes[-1].endswith("int4-rtn-mse in place of int4-gptq")
+    plain = gp.compress(src, tmp_path / "rtn", "int4-rtn-mse")
+    got, want = stored(tmp_path / "out"), stored(tmp_path / "rtn")
+    alike = {layer.name for layer in plain.layers if ".experts." in layer.name}
+    assert {layer.name for layer in fell} <= alike
+    name = next(layer.name for layer in fell if layer.name.endswith("down_proj"))
+    for part in ("weight_packed", "weight_scale"):
+        assert torch.equal(got[f"{name}.{part}"], want[f"{name}.{part}"])
+
+
+def test_quantized_experts_survive_an_interruption(saved, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def stop(done, total, what):
+        if done == 2:
+            raise Killed
+
+    src, recipe = saved("mixtral"), "int4-gptq"
+    gp.compress(src, tmp_path / "whole", recipe, calibration=IDS)
+    with pytest.raises(Killed):
+        gp.compress(src, tmp_path / "out", recipe, calibration=IDS, progress=stop)
+    gp.compress(src, tmp_path / "out", recipe, calibration=IDS)
+    got, want = stored(tmp_path / "out"), stored(tmp_path / "whole")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_experts_need_one_scheme(saved, tmp_path):
+    recipe = Recipe((RTN("int4"),), skip=(r"re:.*experts\.1\.",))
+    with pytest.raises(ValueError, match=r"experts.0.gate_up_proj and .*experts.1.gate_up_proj"):
+        gp.compress(saved("qwen3-moe"), tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
 
 
 def test_skipped_experts_stay_as_they_are(saved, tmp_path):
