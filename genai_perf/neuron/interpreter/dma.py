@@ -18,7 +18,7 @@ from .tensor import Tensor
 SHORT_RUN = 512
 
 
-def _check(what: str, name: str, x) -> Tensor:
+def check_reach(what: str, name: str, x) -> Tensor:
     if not isinstance(x, Tensor):
         refuse(f"{what}: {name} must be a tensor, got {type(x).__name__}")
     if x.storage.buffer is PSUM:
@@ -44,7 +44,7 @@ def _run_bytes(x: Tensor) -> int:
     return run * x.itemsize
 
 
-def _meter(machine, what: str, dst: Tensor, src: Tensor, rate_factor: float = 1.0) -> None:
+def meter(machine, what: str, dst: Tensor, src: Tensor, rate_factor: float = 1.0) -> None:
     moved = max(dst.size * dst.itemsize, src.size * src.itemsize)
     run = max(1, min(_run_bytes(dst), _run_bytes(src)))
     effective = moved / run * max(run, SHORT_RUN)
@@ -61,14 +61,14 @@ def dma_copy(dst, src, priority=None, oob_mode=oob_modes.error, dge_mode=dge_mod
              engine=engines.unknown, name=None):  # fmt: skip
     """dst = src, cast on the way; one side may be gathered or scattered by index."""
     what, machine = "dma_copy", current()
-    _check(what, "dst", dst)
-    _check(what, "src", src)
+    check_reach(what, "dst", dst)
+    check_reach(what, "src", src)
     if dst.size != src.size:
         refuse(f"{what}: dst {dst.shape} and src {src.shape} must have as many elements")
     if dge_mode is dge_modes.hwdge:
         from_generation(machine, 3, f"{what} with hwdge")
         require(dst.dtype is src.dtype, f"{what}: hwdge does not cast")
-    _meter(machine, what, dst, src)
+    meter(machine, what, dst, src)
     if machine.dry:
         return HANDLE
     if dst.gather is not None and src.gather is not None:
@@ -146,8 +146,8 @@ def dma_transpose(dst, src, axes=None, priority=None, dge_mode=dge_modes.unknown
                   oob_mode=oob_modes.error, name=None):  # fmt: skip
     """dst in SBUF = src with its dimensions turned round, at 90 % (50 % from SBUF) of a copy."""
     what, machine = "dma_transpose", current()
-    _check(what, "dst", dst)
-    _check(what, "src", src)
+    check_reach(what, "dst", dst)
+    check_reach(what, "src", src)
     require(src.gather is None, f"{what}: indirect sources are not interpreted")
     require(dst.buffer is SBUF, f"{what}: dst must be in SBUF, got {dst!r}")
     require(dst.dtype is src.dtype, f"{what}: dst and src must be of one type")
@@ -189,15 +189,15 @@ def dma_compute(dst, srcs, reduce_op, scales=None, unique_indices=True,
                 oob_mode=oob_modes.error, name=None):  # fmt: skip
     """dst = the fp32 sum of up to 16 sources; with an indirect dst, a scatter that adds."""
     what, machine = "dma_compute", current()
-    _check(what, "dst", dst)
+    check_reach(what, "dst", dst)
     require(1 <= len(srcs) <= 16, f"{what}: 1 to 16 sources, got {len(srcs)}")
     for x in srcs:
-        _check(what, "src", x)
+        check_reach(what, "src", x)
         require(x.size == dst.size, f"{what}: {x!r} and {dst!r} must have as many elements")
     require(operator(what, "reduce_op", reduce_op).name == "add", f"{what}: reduces by nl.add")
     require(scales is None or all(s == 1.0 for s in scales), f"{what}: scales must be 1.0")
     for x in srcs:
-        _meter(machine, what, dst, x)
+        meter(machine, what, dst, x)
     if machine.dry:
         return HANDLE
     if dst.gather is not None:

@@ -21,6 +21,11 @@ class DType:
     def itemsize(self) -> int:
         return self.store.itemsize
 
+    @property
+    def dtype(self) -> np.dtype:
+        """NumPy's: `x.astype(nl.bfloat16)` works."""
+        return self.store
+
     def __repr__(self) -> str:
         return self.name
 
@@ -46,11 +51,17 @@ float8_e8m0fnu = _float("float8_e8m0fnu", ml_dtypes.float8_e8m0fnu, 2.0**127)
 int8, int16, int32 = _int("int8"), _int("int16"), _int("int32")
 uint8, uint16, uint32 = _int("uint8"), _int("uint16"), _int("uint32")
 bool_ = DType("bool_", np.dtype(np.uint8), "int", 255.0)
+# Four elements of gen4's MX formats in one; no instruction here computes with them.
+PACKED = (
+    DType("float8_e4m3fn_x4", np.dtype(np.uint32), "packed"),
+    DType("float8_e5m2_x4", np.dtype(np.uint32), "packed"),
+    DType("float4_e2m1fn_x4", np.dtype(np.uint16), "packed"),
+)
 
 ALL = (float32, tfloat32, bfloat16, float16, float8_e4m3, float8_e5m2, float8_e4m3fn,
-       float8_e8m0fnu, int8, int16, int32, uint8, uint16, uint32, bool_)  # fmt: skip
+       float8_e8m0fnu, int8, int16, int32, uint8, uint16, uint32, bool_, *PACKED)  # fmt: skip
 FP8 = (float8_e4m3, float8_e5m2, float8_e4m3fn)
-_BY_STORE = {d.store: d for d in ALL if d not in (tfloat32, bool_)}
+_BY_STORE = {d.store: d for d in ALL if d not in (tfloat32, bool_, *PACKED)}
 _BY_NAME = {d.name: d for d in ALL}
 MASK = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
@@ -76,8 +87,14 @@ def resolve(dtype) -> DType:
         refuse(f"dtype must be one of nl's types, got {dtype!r}")
 
 
+def _not_packed(dtype: DType) -> None:
+    if dtype in PACKED:
+        refuse(f"{dtype}: gen4's MX types can be moved and set to 0 here, nothing else")
+
+
 def to_float(values: np.ndarray, dtype: DType) -> np.ndarray:
     """Values as an engine sees them: fp32."""
+    _not_packed(dtype)
     return values if values.dtype == np.float32 else values.astype(np.float32)
 
 
@@ -90,6 +107,7 @@ def round_tf32(values: np.ndarray) -> np.ndarray:
 
 def from_float(values: np.ndarray, dtype: DType) -> np.ndarray:
     """fp32 written as `dtype`: to nearest even; integers saturate; fp8 must not overflow."""
+    _not_packed(dtype)
     if dtype is float32:
         return values
     if dtype is tfloat32:

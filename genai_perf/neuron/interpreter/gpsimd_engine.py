@@ -9,7 +9,9 @@ from .machine import (
     HANDLE,
     check_tiles,
     current,
+    from_generation,
     mark,
+    moved,
     operand,
     raw,
     read,
@@ -134,11 +136,38 @@ def nc_stream_shuffle(dst, src, shuffle_mask, name=None):
     machine.issue("vector", what, dst.free)
     if machine.dry:
         return HANDLE
-    rows, out = raw(src), dst.rows().copy()
-    for p in range(rows.shape[0]):
-        if shuffle_mask[p % 32] != 255:
-            out[p] = rows[p // 32 * 32 + shuffle_mask[p % 32]]
-    store(dst, out, bits=True)
+    at = np.array([p // 32 * 32 + shuffle_mask[p % 32] for p in range(src.shape[0])])
+    keep = np.array([shuffle_mask[p % 32] == 255 for p in range(src.shape[0])])[:, None]
+    at[keep[:, 0]] = 0
+    (rows, got), (old, had) = (moved(x, dst, bits=True) for x in (src, dst))
+    written, every = None, np.ones(rows.shape, bool)
+    if got is not None or had is not None:
+        written = np.where(keep, every if had is None else had, (every if got is None else got)[at])
+    store(dst, np.where(keep, old, rows[at]), bits=True, written=written)
+    return HANDLE
+
+
+def nonzero_with_count(dst, src, index_offset=0, padding_val=-1, name=None):
+    """Of partitions 0, 16 .. 112: where src is not 0, then padding, and last how many there are."""
+    what, machine = "nonzero_with_count", current()
+    from_generation(machine, 3, what)
+    check_sbuf(what, dst=dst, src=src)
+    require(dst.dtype is dtypes.int32, f"{what}: dst must be int32, got {dst!r}")
+    if dst.shape[0] != src.shape[0] or dst.free != src.free + 1:
+        refuse(f"{what}: dst {dst.shape} must have one element a partition more than src "
+               f"{src.shape}")  # fmt: skip
+    machine.issue("gpsimd", what, 150 + src.free)
+    if machine.dry:
+        return HANDLE
+    for p in range(0, src.shape[0], 16):
+        values, written = moved(src[p : p + 1], dst[p : p + 1])
+        if written is not None:  # a core without a row of its own: so is what it writes
+            continue
+        found = np.flatnonzero(values[0])
+        row = np.full(dst.free, padding_val, np.int32)
+        row[: found.size] = found + index_offset
+        row[-1] = found.size
+        store(dst[p : p + 1], row, bits=True)
     return HANDLE
 
 

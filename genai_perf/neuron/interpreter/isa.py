@@ -2,10 +2,9 @@
 
 from types import ModuleType
 
-from . import dma, gpsimd_engine, scalar_engine, tensor_engine, vector_engine, vector_reduce
+from . import cores, dma, gpsimd_engine, scalar_engine, tensor_engine, vector_engine, vector_reduce
 from .enums import dge_mode, engine, matmul_perf_mode, oob_mode, reduce_cmd
-from .errors import refuse
-from .machine import HANDLE, current, from_generation
+from .machine import current
 from .targets import nc_version
 from .tensor import Tensor
 
@@ -43,17 +42,6 @@ def get_nc_version():
     return current().target.generation
 
 
-def core_barrier(data=None, cores=(0, 1), engine=None, name=None):
-    """Both cores of the launch arrive before either goes on."""
-    machine = current()
-    from_generation(machine, 3, "core_barrier")
-    if machine.num_programs > 1:
-        if machine.barrier is None:
-            refuse("core_barrier: the kernel was not launched on two cores")
-        machine.barrier()
-    return HANDLE
-
-
 _FUNCTIONS = (
     tensor_engine.nc_matmul, tensor_engine.nc_transpose, vector_engine.tensor_tensor,
     vector_engine.tensor_scalar, vector_engine.scalar_tensor_tensor, vector_engine.tensor_copy,
@@ -65,8 +53,10 @@ _FUNCTIONS = (
     gpsimd_engine.tensor_partition_reduce, gpsimd_engine.nc_n_gather, gpsimd_engine.local_gather,
     gpsimd_engine.nc_stream_shuffle, gpsimd_engine.bn_stats, gpsimd_engine.bn_aggr,
     gpsimd_engine.max8, gpsimd_engine.nc_find_index8, gpsimd_engine.nc_match_replace8,
+    gpsimd_engine.nonzero_with_count,
     dma.dma_copy, dma.dma_transpose, dma.dma_compute, register_alloc, register_load,
-    register_store, register_move, get_nc_version, core_barrier,
+    register_store, register_move, get_nc_version, cores.core_barrier,
+    cores.sendrecv,
 )  # fmt: skip
 
 

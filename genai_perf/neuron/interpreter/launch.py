@@ -19,7 +19,7 @@ from .tensor import Tensor
 
 _target: ContextVar[str] = ContextVar("genai_perf_nki_target", default="gen3")
 _CORES = (1, 2)
-_MISSED = "core_barrier: the other core has ended without arriving"
+_MISSED = "core_barrier or sendrecv: the other core has ended without arriving"
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ def _launch(kernel: Kernel, args, kwargs, *, dry: bool) -> Run:
             barrier=barrier,
         )
         machines.append(machine)
+    if turns is not None:
+        machines[0].other, machines[1].other = machines[1], machines[0]
     torch.set_num_threads(1)  # small products, which threads only slow down
     try:
         with np.errstate(all="ignore"):

@@ -3,6 +3,7 @@
 There is one machine per core and kernel call, found by a context variable.
 """
 
+import math
 from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -47,6 +48,8 @@ class Machine:
         self.shared = [] if shared is None else shared
         self._given = 0
         self.barrier = barrier
+        self.other: Machine | None = None  # the second core of the launch
+        self.sent: list[tuple] = []  # what it was sent, in order
         # Accumulator registers of the Vector and the Scalar engine: a sum per partition.
         self.registers: dict[str, np.ndarray] = {}
         self.identities: dict[tuple, Tensor] = {}
@@ -126,7 +129,11 @@ def tile(instruction: str, name: str, x, *, buffers=(SBUF, PSUM), anywhere=False
                f"more, got {x!r}")  # fmt: skip
     if x.storage.shape[0] != x.shape[0] and not anywhere:
         _check_start(instruction, name, x)
-    limit = 4096 if x.storage.buffer is PSUM else 65536
+    limit = 65536
+    if x.free <= limit and x.storage.buffer is PSUM:
+        limit = 4096  # of its own: a broadcast repeats them
+        repeats = [n for n, s in zip(x.shape[1:], x.strides[1:], strict=True) if s == 0]
+        limit *= math.prod(repeats)
     if x.free > limit:
         refuse(f"{instruction}: {name} has {x.free} elements a partition, the limit is {limit}")
     return x
@@ -183,6 +190,22 @@ def check_written(x: Tensor) -> None:
         refuse(f"{x!r} is read at {missing} before anything was written there")
 
 
+def moved(x: Tensor, dst: Tensor, *, bits=False) -> tuple[np.ndarray, np.ndarray | None]:
+    """(values, which were written; None: all), for what computes nothing but moves x to dst.
+
+    Lanes that nobody wrote may be moved along into a tile that is not whole itself. They stay
+    unwritten; their value here is 0.
+    """
+    whole = x.storage.full or x.written is None or dst.storage.full
+    written = None if whole else x.written.reshape(x.shape[0], -1)
+    if written is None or written.all():
+        return (raw(x) if bits else read(x)), None
+    written = written == np.iinfo(written.dtype).max
+    values = x.rows().copy()
+    values[~written] = 0
+    return (values if bits else dtypes.to_float(values, x.dtype)), written
+
+
 def raw(x: Tensor) -> np.ndarray:
     """(partitions, elements), as stored."""
     check_written(x)
@@ -215,18 +238,25 @@ def operand(instruction: str, name: str, x, machine: Machine, partitions: int, *
     return None if machine.dry else read(t)
 
 
-def store(dst: Tensor, values: np.ndarray, *, summed: bool = False, bits: bool = False) -> None:
-    """Write fp32 `values` (or, with `bits`, values already of dst's type) and note it."""
+def store(dst: Tensor, values: np.ndarray, *, summed: bool = False, bits: bool = False,
+          written: np.ndarray | None = None) -> None:  # fmt: skip
+    """Write fp32 `values` (or, with `bits`, values already of dst's type) and note it.
+
+    written: of `moved`, where not all values are some that a kernel wrote.
+    """
     if not bits:
         values = dtypes.from_float(values, dst.dtype)
     dst.data[...] = values.reshape(dst.shape)
-    mark(dst, summed)
+    mark(dst, summed, written)
 
 
-def mark(dst: Tensor, summed: bool = False) -> None:
+def mark(dst: Tensor, summed: bool = False, written: np.ndarray | None = None) -> None:
     storage = dst.storage
     if dst.summed is not None:
         dst.summed[...] = np.iinfo(dst.summed.dtype).max if summed else 0
+    if written is not None:
+        dst.written[...] = np.where(written, np.iinfo(dst.written.dtype).max, 0).reshape(dst.shape)
+        return
     if storage.full:
         return
     dst.written[...] = np.iinfo(dst.written.dtype).max

@@ -252,7 +252,7 @@ class Tensor:
         if dtype is not None and resolve(dtype) is not self.dtype:
             return Tensor.whole(storage).view(dtype).ap(pattern, start, scalar_offset,
                                                         vector_offset, indirect_dim)  # fmt: skip
-        strides = np.cumprod((1, *storage.shape[:0:-1]))[::-1]
+        strides = self.strides
         if scalar_offset is not None:
             moved = scalar_offset.item() if isinstance(scalar_offset, Tensor) else scalar_offset
             start += int(moved) * int(strides[indirect_dim])

@@ -10,7 +10,7 @@ from .machine import (
     HANDLE,
     current,
     from_generation,
-    raw,
+    moved,
     read,
     store,
     tile,
@@ -60,7 +60,10 @@ def nc_matmul(dst, stationary, moving, is_stationary_onezero=False, is_moving_on
         machine.meter.fp8_flops += flops if double else 0
     if machine.dry:
         return HANDLE
-    _multiply(dst, stationary, moving, pairs, accumulate, is_transpose)
+    if is_transpose:
+        _transpose(machine, dst, stationary, moving)
+    else:
+        _multiply(dst, stationary, moving, pairs, accumulate)
     return HANDLE
 
 
@@ -130,24 +133,35 @@ def _check_bank(what: str, machine, dst: Tensor) -> None:
         refuse(f"{what}: dst {dst!r} lies on more than one PSUM bank of {bank} bytes")
 
 
-def _product(stationary: Tensor, moving: Tensor, pairs: int) -> np.ndarray:
+def _product(stationary: np.ndarray, moving: np.ndarray) -> np.ndarray:
     """Summed in float64 and rounded to fp32 once an instruction: the same bits on every machine.
     The hardware adds in fp32, in an order that is not documented."""
     import torch
 
-    def rows(x):  # the pair index is part of the contraction
-        values = read(x).reshape(x.shape[0] * pairs, -1)
-        values = dtypes.round_tf32(values) if x.dtype is dtypes.tfloat32 else values
-        return torch.from_numpy(values.astype(np.float64))
-
-    return (rows(stationary).T @ rows(moving)).numpy().astype(np.float32)
+    left, right = (torch.from_numpy(x.astype(np.float64)) for x in (stationary, moving))
+    return (left.T @ right).numpy().astype(np.float32)
 
 
-def _multiply(dst, stationary, moving, pairs, accumulate, is_transpose) -> None:
-    result = _product(stationary, moving, pairs)
-    if is_transpose:
-        store(dst, result)
+def _rows(x: Tensor, pairs: int) -> np.ndarray:
+    """What is summed over comes first: partitions, and the pairs of double_row."""
+    values = read(x).reshape(x.shape[0] * pairs, -1)
+    return dtypes.round_tf32(values) if x.dtype is dtypes.tfloat32 else values
+
+
+def _transpose(machine, dst, stationary, moving) -> None:
+    """moving is an identity; gen3 and later move the bits, gen2 multiplies whatever is there."""
+    other = _rows(moving, 1)
+    if machine.target.generation < 3:
+        store(dst, _product(_rows(stationary, 1), other))
         return
+    values, written = moved(stationary, dst)
+    if written is not None:
+        written = _product(~written, other != 0) == 0
+    store(dst, _product(values, other), written=written)
+
+
+def _multiply(dst, stationary, moving, pairs, accumulate) -> None:
+    result = _product(_rows(stationary, pairs), _rows(moving, pairs))
     full = np.iinfo(dst.summed.dtype).max
     if accumulate is None:
         old = (dst.summed == full).reshape(result.shape)
@@ -189,5 +203,6 @@ def nc_transpose(dst, data, engine=engines.unknown, name=None):
     else:
         refuse(f"{what}: engine must be tensor or vector, got {engine!r}")
     if not machine.dry:
-        store(dst, raw(data).T, bits=True)
+        values, written = moved(data, dst, bits=True)
+        store(dst, values.T, bits=True, written=None if written is None else written.T)
     return HANDLE

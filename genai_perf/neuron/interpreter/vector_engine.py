@@ -13,6 +13,7 @@ from .machine import (
     current,
     from_generation,
     mark,
+    moved,
     no_psum,
     not_both_psum,
     operand,
@@ -206,10 +207,9 @@ def tensor_copy(dst, src, engine=engines.unknown, name=None, dtype=None):
     machine.issue(engine.name.split(".")[1], what, dst.free / speed)
     if machine.dry:
         return HANDLE
-    if dst.dtype is src.dtype:
-        store(dst, raw(src), bits=True)
-    else:
-        store(dst, read(src))
+    bits = dst.dtype is src.dtype
+    values, written = moved(src, dst, bits=bits)
+    store(dst, values, bits=bits, written=written)
     return HANDLE
 
 
@@ -228,8 +228,9 @@ def memset(dst, value, engine=engines.unknown, name=None):
         require(info.min <= value <= info.max, f"{what}: {value} does not fit {dst.dtype}")
     else:
         require(
-            isinstance(value, float) or value == 0,
-            f"{what}: {dst.dtype} takes a float, got {value!r}",
+            value == 0 or (isinstance(value, float) and dst.dtype.kind == "float"),
+            f"{what}: {dst.dtype} takes {'0' if dst.dtype.kind == 'packed' else 'a float'}, got "
+            f"{value!r}",
         )
     machine.issue(engine.name.split(".")[1], what, dst.free / fast(machine, dst))
     if not machine.dry:
