@@ -5,17 +5,15 @@ namespace {
 
 using Address = std::uintptr_t;
 
-void sparsegpt_block(int64_t columns, int64_t rows, Address weight, Address pruned, Address errors,
-                     Address factor, int64_t factor_stride, int64_t zeros, int64_t group,
-                     int64_t count, int threads, Address scale, Address zero, Address groups,
-                     float low, float high) {
+void sparsegpt_block(int64_t columns, int64_t rows, int64_t stride, Address weight, Address pruned,
+                     Address factor, int64_t zeros, int64_t group, int64_t count, int threads,
+                     Address scale, Address zero, Address groups, float low, float high) {
   const gp::SparseGptBlock block{columns,
                                  rows,
+                                 stride,
                                  as_pointer<float>(weight),
                                  as_pointer<uint8_t>(pruned),
-                                 as_pointer<float>(errors),
                                  as_pointer<const float>(factor),
-                                 factor_stride,
                                  zeros,
                                  group,
                                  count,
@@ -55,9 +53,9 @@ void grid_search(int64_t columns, int64_t rows, int64_t candidates, Address weig
 
 void bind_sparsegpt(py::module_& m) {
   m.def("sparsegpt_block", &sparsegpt_block, py::arg("columns"), py::arg("rows"),
-        py::arg("weight"), py::arg("pruned"), py::arg("errors"), py::arg("factor"),
-        py::arg("factor_stride"), py::arg("zeros"), py::arg("group"), py::arg("count"),
-        py::arg("threads"), py::arg("scale") = 0, py::arg("zero") = 0, py::arg("groups") = 0,
+        py::arg("stride"), py::arg("weight"), py::arg("pruned"), py::arg("factor"),
+        py::arg("zeros"), py::arg("group"), py::arg("count"), py::arg("threads"),
+        py::arg("scale") = 0, py::arg("zero") = 0, py::arg("groups") = 0,
         py::arg("low") = 0.0f, py::arg("high") = 0.0f);
   m.def("grid_search", &grid_search, py::arg("columns"), py::arg("rows"), py::arg("candidates"),
         py::arg("weight"), py::arg("importance"), py::arg("scale"), py::arg("zero"),

@@ -8,15 +8,11 @@
 
 namespace gp {
 
-// All matrices hold one column of the weight after the other: element (column, row) of `weight`,
-// `pruned` and `errors` is at column * rows + row.
 struct SparseGptBlock {
-  int64_t columns, rows;
+  int64_t columns, rows, stride;  // of `weight` and `pruned`: from a row to the next
   float* weight;        // as updated so far; afterwards final
   uint8_t* pruned;      // 1: is and stays zero; afterwards all that are pruned
-  float* errors;        // out: (weight - kept) / diagonal, for the columns after the block
-  const float* factor;  // row j of U at factor + j * factor_stride, from the block's diagonal on
-  int64_t factor_stride;
+  const float* factor;  // (columns, columns), the block's part of U
   int64_t zeros, group;  // n:m; group 0: `count` of the block's smallest scores go before the sweep
   int64_t count;         // less those that are pruned already; -1: none beside those
   int threads;

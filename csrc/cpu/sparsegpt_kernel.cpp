@@ -12,6 +12,7 @@ namespace GP_ISA {
 namespace {
 
 constexpr int LANES = 16;  // rows of a tile: whole vectors of any instruction set
+constexpr int STEP = 8;    // columns whose errors reach the rest of a tile in one pass over it
 
 // What pruning costs, (w / d)^2, in an order of unsigned numbers; 0 for what is pruned already.
 inline uint32_t key_of(float w, float d, uint8_t pruned) {
@@ -22,20 +23,27 @@ inline uint32_t key_of(float w, float d, uint8_t pruned) {
 // The `count` smallest scores of the block get pruned, equal ones by row and then by column. The
 // upper halves of the keys say which of them can be at the limit; those few are then ordered.
 bool prune_smallest(const SparseGptBlock& b) {
-  constexpr int64_t BINS = 65536;
-  const int64_t total = b.columns * b.rows;
+  constexpr int64_t BINS = 65536, PANEL = 64;
+  const int64_t columns = b.columns, panels = (b.rows + PANEL - 1) / PANEL;
   if (b.count <= 0) return true;
-  Scratch keys(total * 4), bins(b.threads * BINS * 4);
-  if (!keys.ok() || !bins.ok()) return false;
+  Scratch keys(columns * b.rows * 4), bins(b.threads * BINS * 4), diagonal(columns * 4);
+  if (!keys.ok() || !bins.ok() || !diagonal.ok()) return false;
   uint32_t* key = keys.as<uint32_t>();
   uint32_t* bin = bins.as<uint32_t>();
+  float* d = diagonal.as<float>();
+  for (int64_t c = 0; c < columns; ++c) d[c] = b.factor[c * (columns + 1)];
   std::memset(bin, 0, size_t(b.threads) * BINS * 4);
-  parallel_for(b.columns, b.threads, [&](int64_t c, int thread) {
-    const float d = b.factor[c * b.factor_stride + c];
+  const auto rows_of = [&](int64_t panel) { return std::min(b.rows, (panel + 1) * PANEL); };
+  parallel_for(panels, b.threads, [&](int64_t panel, int thread) {
     uint32_t* mine = bin + thread * BINS;
-    for (int64_t i = c * b.rows; i < (c + 1) * b.rows; ++i)
-      key[i] = key_of(b.weight[i], d, b.pruned[i]);
-    for (int64_t i = c * b.rows; i < (c + 1) * b.rows; ++i) ++mine[key[i] >> 16];
+    const int64_t n = columns;
+    for (int64_t r = panel * PANEL; r < rows_of(panel); ++r) {
+      uint32_t* k = key + r * n;
+      const float *w = b.weight + r * b.stride, *by = d;
+      const uint8_t* pruned = b.pruned + r * b.stride;
+      for (int64_t c = 0; c < n; ++c) k[c] = key_of(w[c], by[c], pruned[c]);
+      for (int64_t c = 0; c < n; ++c) ++mine[k[c] >> 16];
+    }
   });
   uint32_t limit = 0;
   int64_t below = 0, there = 0;
@@ -48,22 +56,28 @@ bool prune_smallest(const SparseGptBlock& b) {
   if (!places.ok()) return false;
   int64_t* place = places.as<int64_t>();
   std::atomic<int64_t> found{0};
-  parallel_for(b.columns, b.threads, [&](int64_t c, int) {
-    uint32_t at_limit = 0;
-    for (int64_t i = c * b.rows; i < (c + 1) * b.rows; ++i) {
-      b.pruned[i] |= uint8_t(key[i] >> 16 < limit);
-      at_limit |= uint32_t(key[i] >> 16 == limit);
+  parallel_for(panels, b.threads, [&](int64_t panel, int) {
+    const uint32_t n = uint32_t(columns), last = limit;
+    for (int64_t r = panel * PANEL; r < rows_of(panel); ++r) {
+      const uint32_t* k = key + r * columns;
+      uint8_t* pruned = b.pruned + r * b.stride;
+      uint32_t at_limit = 0;
+      for (uint32_t c = 0; c < n; ++c) {
+        pruned[c] |= uint8_t(k[c] >> 16 < last);
+        at_limit |= uint32_t(k[c] >> 16 == last);
+      }
+      for (uint32_t c = 0; at_limit && c < n; ++c)
+        if (k[c] >> 16 == last)
+          place[found.fetch_add(1, std::memory_order_relaxed)] = r * columns + c;
     }
-    for (int64_t i = c * b.rows; at_limit && i < (c + 1) * b.rows; ++i)
-      if (key[i] >> 16 == limit) place[found.fetch_add(1, std::memory_order_relaxed)] = i;
   });
   const int64_t wanted = b.count - below;
   const auto first = [&](int64_t i, int64_t j) {
-    if (key[i] != key[j]) return key[i] < key[j];
-    return i % b.rows != j % b.rows ? i % b.rows < j % b.rows : i < j;
+    return key[i] != key[j] ? key[i] < key[j] : i < j;
   };
   if (wanted < there) std::nth_element(place, place + wanted, place + there, first);
-  for (int64_t i = 0; i < wanted; ++i) b.pruned[place[i]] = 1;
+  for (int64_t i = 0; i < wanted; ++i)
+    b.pruned[place[i] / columns * b.stride + place[i] % columns] = 1;
   return true;
 }
 
@@ -72,7 +86,7 @@ bool prune_smallest(const SparseGptBlock& b) {
 void prune_group(const SparseGptBlock& b, int64_t c0, int64_t width, int64_t count, const float* w,
                  uint8_t* pruned, float* scores) {
   for (int64_t i = 0; i < width; ++i) {
-    const float d = b.factor[(c0 + i) * b.factor_stride + c0 + i];
+    const float d = b.factor[(c0 + i) * (b.columns + 1)];
     for (int l = 0; l < LANES; ++l) {
       const float ratio = w[i * LANES + l] / d;
       scores[i * LANES + l] = pruned[i * LANES + l] ? -1.0f : ratio * ratio;
@@ -106,6 +120,19 @@ void round_to_grid(const SparseGptBlock& b, int64_t at, int64_t used, float* w) 
     const vf code = v_add(v_round(v_div(v_load(w + v), s)), z);
     v_store(w + v, v_mul(v_sub(v_min(v_max(code, low), high), z), s));
   }
+}
+
+// What N columns, whose errors are in `minus`, spread to columns i0..i1-1; factor is the first one's
+// row of U.
+template <int N>
+inline void subtract(float* w, int64_t i0, int64_t i1, const float* factor, int64_t stride,
+                     const vf (*minus)[LANES / VL]) {
+  for (int64_t i = i0; i < i1; ++i)
+    for (int v = 0; v < LANES / VL; ++v) {
+      vf sum = v_load(w + i * LANES + v * VL);
+      for (int n = 0; n < N; ++n) sum = v_fma(v_set(factor[n * stride + i]), minus[n][v], sum);
+      v_store(w + i * LANES + v * VL, sum);
+    }
 }
 
 }  // namespace
@@ -150,46 +177,51 @@ bool sparsegpt_block(const SparseGptBlock& b) {
   const int64_t columns = b.columns, tile = columns * LANES;
   Scratch weights(b.threads * tile * 4), masks(b.threads * tile), scores(b.threads * tile * 4);
   if (!weights.ok() || !masks.ok() || !scores.ok()) return false;
+  // A group is chosen when all columns before it are done: it must not begin within a step.
+  const int64_t step = b.group && STEP % b.group ? 1 : STEP;
   parallel_for((b.rows + LANES - 1) / LANES, b.threads, [&](int64_t item, int thread) {
     float* w = weights.as<float>() + thread * tile;
     uint8_t* pruned = masks.as<uint8_t>() + thread * tile;
     const int64_t r0 = item * LANES, used = b.rows - r0 < LANES ? b.rows - r0 : LANES;
-    for (int64_t c = 0; c < columns; ++c)
-      for (int64_t l = 0; l < LANES; ++l) {
-        w[c * LANES + l] = l < used ? b.weight[c * b.rows + r0 + l] : 0.0f;
-        pruned[c * LANES + l] = l < used ? b.pruned[c * b.rows + r0 + l] : 1;
-      }
-    for (int64_t c = 0; c < columns; ++c) {
-      if (b.group && c % b.group == 0) {
-        const int64_t width = columns - c < b.group ? columns - c : b.group;
-        prune_group(b, c, width, b.zeros * width / b.group, w + c * LANES, pruned + c * LANES,
-                    scores.as<float>() + thread * tile);
-      }
-      const float* factor = b.factor + c * b.factor_stride;
-      float error[LANES], kept[LANES];
-      for (int l = 0; l < LANES; ++l) kept[l] = w[c * LANES + l];
-      if (b.scale) round_to_grid(b, b.groups[c] * b.rows + r0, used, kept);
-      for (int l = 0; l < LANES; ++l) {
-        const float wanted = pruned[c * LANES + l] ? 0.0f : kept[l];
-        error[l] = (w[c * LANES + l] - wanted) / factor[c];
-        w[c * LANES + l] = wanted;
-      }
-      for (int64_t l = 0; l < used; ++l) b.errors[c * b.rows + r0 + l] = error[l];
-      vf minus[LANES / VL];
-      for (int v = 0; v < LANES / VL; ++v) minus[v] = v_sub(v_zero(), v_load(error + v * VL));
-      for (int64_t i = c + 1; i < columns; ++i) {
-        const vf u = v_set(factor[i]);
-        for (int v = 0; v < LANES / VL; ++v) {
-          float* p = w + i * LANES + v * VL;
-          v_store(p, v_fma(u, minus[v], v_load(p)));
-        }
+    for (int64_t l = 0; l < LANES; ++l) {
+      const int64_t at = (r0 + l) * b.stride;
+      for (int64_t c = 0; c < columns; ++c) {
+        w[c * LANES + l] = l < used ? b.weight[at + c] : 0.0f;
+        pruned[c * LANES + l] = l < used ? b.pruned[at + c] : 1;
       }
     }
-    for (int64_t c = 0; c < columns; ++c)
-      for (int64_t l = 0; l < used; ++l) {
-        b.weight[c * b.rows + r0 + l] = w[c * LANES + l];
-        b.pruned[c * b.rows + r0 + l] = pruned[c * LANES + l];
+    vf minus[STEP][LANES / VL];
+    for (int64_t c0 = 0, end; c0 < columns; c0 = end) {
+      end = std::min(c0 + step, columns);
+      for (int64_t c = c0; c < end; ++c) {
+        if (b.group && c % b.group == 0) {
+          const int64_t width = columns - c < b.group ? columns - c : b.group;
+          prune_group(b, c, width, b.zeros * width / b.group, w + c * LANES, pruned + c * LANES,
+                      scores.as<float>() + thread * tile);
+        }
+        const float* factor = b.factor + c * columns;
+        float error[LANES], kept[LANES];
+        for (int l = 0; l < LANES; ++l) kept[l] = w[c * LANES + l];
+        if (b.scale) round_to_grid(b, b.groups[c] * b.rows + r0, used, kept);
+        for (int l = 0; l < LANES; ++l) {
+          const float wanted = pruned[c * LANES + l] ? 0.0f : kept[l];
+          error[l] = (w[c * LANES + l] - wanted) / factor[c];
+          w[c * LANES + l] = wanted;
+        }
+        for (int v = 0; v < LANES / VL; ++v)
+          minus[c - c0][v] = v_sub(v_zero(), v_load(error + v * VL));
+        subtract<1>(w, c + 1, end, factor, columns, minus + (c - c0));
       }
+      if (end - c0 == STEP) subtract<STEP>(w, end, columns, b.factor + c0 * columns, columns, minus);
+      else if (step == 1) subtract<1>(w, end, columns, b.factor + c0 * columns, columns, minus);
+    }
+    for (int64_t l = 0; l < used; ++l) {
+      const int64_t at = (r0 + l) * b.stride;
+      for (int64_t c = 0; c < columns; ++c) {
+        b.weight[at + c] = w[c * LANES + l];
+        b.pruned[at + c] = pruned[c * LANES + l];
+      }
+    }
   });
   return true;
 }

@@ -121,22 +121,22 @@ def solve(
     factor = factor or factorize(hessian, damp_frac=damp_frac, by_diagonal=act_order, name=name)
     if (factor.order is not None) != act_order:
         fail(name, "factor", f"made with by_diagonal={act_order}", f"{not act_order}")
-    upper, order = factor.upper, factor.order
-    dense = weight.detach().to(upper.dtype)
+    root, order = factor.root, factor.order
+    dense = weight.detach().to(root.dtype)
     zero = None
     if mask is not None:
         if mask.shape != weight.shape:
             fail(name, "mask", f"of the weight's shape {tuple(weight.shape)}", tuple(mask.shape))
         zero = ~mask
-    importance = upper.diagonal() ** -2
+    importance = root.diagonal() ** 2
     if order is None:
         grid.fit(dense, importance)
-        new, _ = sweep(dense, upper, block_size=block_size, zero=zero, grid=grid)
+        new, _ = sweep(dense, root, block_size=block_size, zero=zero, grid=grid)
     else:
         back = order.argsort()
         grid.fit(dense, importance[back])
         visited = None if zero is None else zero[:, order]
-        new, _ = sweep(dense[:, order], upper, block_size=block_size, zero=visited,
+        new, _ = sweep(dense[:, order], root, block_size=block_size, zero=visited,
                        grid=_Permuted(grid, order))  # fmt: skip
         new = new[:, back]
     dtype = weight.dtype if weight.dtype in FLOATS else torch.float32

@@ -9,7 +9,7 @@ import torch
 from .._checks import check_ndim, check_tensor, fail
 from .._errors import CalibrationError
 
-_PANEL = 512  # rows or columns that are copied, or inverted, at once
+_PANEL = 512  # rows or columns that are copied, multiplied or factored at once
 
 
 @contextmanager
@@ -104,6 +104,16 @@ def damp(
     return damped, dead
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity; reads once and makes nothing."""
+    return not values.numel() or all(bool(torch.isfinite(v)) for v in torch.aminmax(values))
+
+
+def check_hessian(name: str, hessian: torch.Tensor) -> None:
+    if not all_finite(hessian):
+        raise CalibrationError(f"{name}: its Hessian holds NaN or infinity")
+
+
 def _damped_diagonal(
     hessian: torch.Tensor, damp_frac: float, name: str, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,8 +124,7 @@ def _damped_diagonal(
         fail(name, "hessian", "square", f"shape {tuple(hessian.shape)}")
     if not damp_frac >= 0:
         fail(name, "damp_frac", "at least 0", damp_frac)
-    if not torch.isfinite(hessian.sum(dtype=torch.float64)):
-        raise CalibrationError(f"{name}: its Hessian holds NaN or infinity")
+    check_hessian(name, hessian)
     diagonal = hessian.detach().diagonal().to(dtype, copy=True)
     dead = diagonal == 0
     if bool(dead.all()):
@@ -132,13 +141,13 @@ class Factor:
     """What a sweep needs of a Hessian.
 
     Attributes:
-        upper: (columns, columns), U upper triangular with U^T U = H^-1, H damped.
+        root: (columns, columns), L lower triangular with L^T L = H, H damped.
         dead: (columns,) bool, inputs that were zero on every calibration token.
-        order: (columns,), the columns in the order of U's; None: as they are.
+        order: (columns,), the columns in the order of L's; None: as they are.
         damp_frac: the damping, as a fraction of the mean of diag H.
     """
 
-    upper: torch.Tensor
+    root: torch.Tensor
     dead: torch.Tensor
     order: torch.Tensor | None
     damp_frac: float
@@ -147,13 +156,12 @@ class Factor:
 def factorize(
     hessian: torch.Tensor, *, damp_frac: float, by_diagonal: bool = False, name: str = "layer"
 ) -> Factor:
-    """Damps H and factors its inverse.
+    """Damps H and factors it, last column first.
 
-    U[j, j]^2 is the variance of weight j given the weights before it, which are already frozen when
-    a sweep arrives at column j. Reversing rows and columns turns the factor of the inverse into
-    the inverse of a factor: one Cholesky and one triangular inverse. Where a model has a few huge
-    input channels, damping is 1e-6 of the largest diagonal entry: what fp32 cannot resolve well is
-    factored in float64. Beside H, at most one and a half matrices of its size are alive.
+    L^-1 = U^T with U^T U = H^-1, U upper triangular: U[j, j]^2 = L[j, j]^-2 is the variance of
+    weight j given the weights before it, which are already frozen when a sweep arrives at column j.
+    Nothing is inverted: see `sweep.sweep`. Where a model has a few huge input channels, damping is
+    1e-6 of the largest diagonal entry: what fp32 cannot resolve well is factored in float64.
 
     Args:
         hessian: (columns, columns), not changed.
@@ -166,66 +174,53 @@ def factorize(
     compute = torch.promote_types(hessian.dtype, torch.float32)
     diagonal, dead = _damped_diagonal(hessian, damp_frac, name, compute)
     order = diagonal.argsort(descending=True, stable=True) if by_diagonal else None
-    last_first = torch.arange(len(diagonal), device=hessian.device) if order is None else order
-    last_first = last_first.flip(0)
     eps = torch.finfo(compute).eps  # below about 4 of it, an fp32 Hessian holds rounding alone
     for dtype, smallest in ((compute, 64 * eps), (torch.float64, 4 * eps)):
-        work = torch.empty_like(hessian, dtype=dtype, memory_format=torch.contiguous_format)
-        for start in range(0, len(work), _PANEL):
-            rows = last_first[start : start + _PANEL]
-            work[start : start + _PANEL] = hessian[rows][:, last_first]
+        root = _lower(hessian, order, dtype)
         if dtype != diagonal.dtype:
             diagonal, _ = _damped_diagonal(hessian, damp_frac, name, dtype)
-        wanted = diagonal[last_first]
-        work.diagonal().copy_(wanted)
-        info = torch.empty((), dtype=torch.int32, device=work.device)
-        # The transpose is column-major, which LAPACK wants, and leaves L itself row-major.
-        torch.linalg.cholesky_ex(work.T, upper=True, out=(work.T, info))
+        wanted = diagonal if order is None else diagonal[order]
+        root.diagonal().copy_(wanted)
         # The part of each diagonal entry that the others do not explain.
-        pivots = work.diagonal() ** 2 / wanted
-        if int(info) == 0 and bool((pivots > smallest).all()):
-            _invert(work)
-            _reverse(work.view(-1))  # rows and columns at once
-            return Factor(work.to(compute), dead, order, damp_frac)
+        if _factor(root) and bool((root.diagonal() ** 2 / wanted > smallest).all()):
+            return Factor(root.to(compute), dead, order, damp_frac)
     raise CalibrationError(
         f"{name}: its Hessian is singular (fewer calibration tokens than inputs, or inputs that "
         f"repeat each other); raise damp_frac, now {damp_frac}, or calibrate on more text"
     )
 
 
-def _invert(lower: torch.Tensor) -> None:
-    """Inverts a lower triangular matrix in place, by halves: [A 0; B C] has the inverse
-    [A^-1 0; -C^-1 B A^-1  C^-1]. Matmuls, panel by panel, skip most of the zeros; solving with A
-    and C instead takes a third longer."""
-    columns = len(lower)
+def _lower(hessian: torch.Tensor, order: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The lower triangle of H, its rows and columns in `order`: a new matrix."""
+    if order is None:
+        return hessian.tril().to(dtype).contiguous()
+    work = torch.empty_like(hessian, dtype=dtype, memory_format=torch.contiguous_format)
+    for start in range(0, len(order), _PANEL):
+        work[start : start + _PANEL] = hessian[order[start : start + _PANEL]][:, order]
+    return work.tril_()
+
+
+def _factor(work: torch.Tensor) -> bool:
+    """Replaces the lower triangle of H by L with L^T L = H, by halves: of [A B^T; B D] first
+    D = L2^T L2, then X with L2^T X = B, and the rest of A, A - X^T X; False where H is not
+    positive definite. Only lower triangles are read and written."""
+    columns = len(work)
     if columns <= _PANEL:
-        identity = torch.eye(columns, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
+        upper, info = torch.linalg.cholesky_ex(work.flip(0, 1), upper=True)
+        work.copy_(upper.flip(0, 1))
+        return int(info) == 0
     half = columns // 2
-    first, below, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    _invert(first)
-    _invert(second)
-    product = torch.empty_like(below)
+    first, below, second = work[:half, :half], work[half:, :half], work[half:, half:]
+    if not _factor(second):
+        return False
     with full_precision():
+        # Transposed, which LAPACK takes without a copy.
+        solved = torch.linalg.solve_triangular(second, below.T, upper=False, left=False).T
+        below.copy_(solved)
         for start in range(0, half, _PANEL):
             stop = min(start + _PANEL, half)
-            torch.mm(below[:, start:], first[start:, start:stop], out=product[:, start:stop])
-        product.neg_()
-        for start in range(0, columns - half, _PANEL):
-            stop = min(start + _PANEL, columns - half)
-            torch.mm(second[start:stop, :stop], product[:stop], out=below[start:stop])
-
-
-def _reverse(values: torch.Tensor) -> None:
-    """Reverses a vector in place, a part at a time."""
-    count, part = len(values), 1 << 20
-    for start in range(0, count // 2, part):
-        stop = min(start + part, count // 2)
-        head, tail = values[start:stop], values[count - stop : count - start]
-        kept = head.flip(0)
-        head.copy_(tail.flip(0))
-        tail.copy_(kept)
+            first[start:, start:stop].addmm_(solved[:, start:].T, solved[:, start:stop], alpha=-1)
+    return _factor(first)
 
 
 class Inputs:

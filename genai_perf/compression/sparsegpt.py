@@ -8,7 +8,7 @@ import torch
 from .._checks import check_choice, check_ndim, check_tensor, fail
 from .._errors import CalibrationError
 from . import masks, refinement
-from .hessian import Factor, damp, factorize, relative_error
+from .hessian import Factor, all_finite, check_hessian, damp, factorize, relative_error
 from .sweep import Grid, sweep
 
 
@@ -41,9 +41,9 @@ def check_weight(op: str, weight: torch.Tensor, hessian: torch.Tensor | None) ->
         columns = weight.shape[1]
         fail(op, "hessian", f"({columns}, {columns}), the weight's in_features",
              f"shape {tuple(hessian.shape)}")  # fmt: skip
-    if hessian is not None and not torch.isfinite(hessian.sum(dtype=torch.float64)):
-        raise CalibrationError(f"{op}: its Hessian holds NaN or infinity")
-    if not torch.isfinite(weight).all():
+    if hessian is not None:
+        check_hessian(op, hessian)
+    if not all_finite(weight):
         row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
         fail(op, "weight", "finite", f"{weight[row, column].item()} at ({row}, {column})")
 
@@ -106,22 +106,24 @@ def solve(
         fail(name, "block_size", f"at least {max(1, wanted.group)}", block_size)
     block_size -= block_size % (wanted.group or 1)
     factor = factor or factorize(hessian, damp_frac=damp_frac, name=name)
-    upper = factor.upper
-    dense = weight.detach().to(upper.dtype).masked_fill(factor.dead, 0)
+    root = factor.root
+    dense = weight.detach().to(root.dtype)
+    if factor.dead.any():
+        dense = dense.masked_fill(factor.dead, 0)
     joint = None if refine else quantizer
     if joint:
-        joint.fit(dense, upper.diagonal() ** -2)
+        joint.fit(dense, root.diagonal() ** 2)
     zero = dense == 0
-    new, pruned = sweep(dense, upper, block_size=block_size, sparsity=wanted, zero=zero,
+    new, pruned = sweep(dense, root, block_size=block_size, sparsity=wanted, zero=zero,
                         grid=joint)  # fmt: skip
     if refine:
         damped, _ = damp(hessian, factor.damp_frac, name=name)
         new, pruned = _refine(dense, new, pruned, damped, wanted, zero, search, block_size)
         if quantizer:
-            quantizer.fit(new, upper.diagonal() ** -2)
-            new, _ = sweep(new, upper, block_size=block_size, zero=pruned, grid=quantizer)
+            quantizer.fit(new, root.diagonal() ** 2)
+            new, _ = sweep(new, root, block_size=block_size, zero=pruned, grid=quantizer)
     new = new.to(weight.dtype)
-    if not torch.isfinite(new).all():
+    if not all_finite(new):
         raise CalibrationError(f"{name}: the update left the range of {weight.dtype}; "
                                f"raise damp_frac, now {factor.damp_frac}")  # fmt: skip
     return SparseResult(new, ~pruned, weight, hessian)

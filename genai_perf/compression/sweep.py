@@ -5,6 +5,8 @@ tables; else torch, column by column.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -48,7 +50,7 @@ class Grid(Protocol):
 
 def sweep(
     weight: torch.Tensor,
-    upper: torch.Tensor,
+    root: torch.Tensor,
     *,
     block_size: int,
     sparsity: Sparsity | None = None,
@@ -57,13 +59,17 @@ def sweep(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prunes and rounds columns left to right, each error spread over the columns to its right.
 
-    For column j with d = U[j, j]: q = round(mask * w_j), e = (w_j - q) / d, W[:, j:] -= e U[j, j:].
-    Pruning chooses by w^2 / d^2 on weights that carry all updates so far: at each block's start
-    when unstructured, at each group's start for n:m.
+    For column j with d = U[j, j], U^T U = H^-1: q = round(mask * w_j), e = (w_j - q) / d,
+    W[:, j:] -= e U[j, j:]. Pruning chooses by w^2 / d^2 on weights that carry all updates so far:
+    at each block's start when unstructured, at each group's start for n:m.
+
+    U itself is needed in its diagonal blocks only. It is the inverse of V = L^T, and all errors E
+    so far obey E = C V with C what has changed, dense less final weights: a block B with the
+    changes C before it starts from W_B + C V[:B, B] U[B, B].
 
     Args:
         weight: (rows, columns) in the solver's dtype; not changed.
-        upper: (columns, columns), `hessian.inverse_factor`.
+        root: (columns, columns), L of `hessian.factorize`.
         block_size: columns between two full updates of the weights to the right; a multiple of m.
         sparsity: how much to prune; None prunes only `zero`.
         zero: (rows, columns) bool, weights that are and stay zero.
@@ -72,102 +78,98 @@ def sweep(
     Returns:
         (weight, pruned): (rows, columns) each, new tensors; pruned is bool.
     """
-    rows, columns = weight.shape
-    work = weight.T.contiguous()  # (columns, rows): a column is contiguous
-    pruned = torch.zeros_like(work, dtype=torch.bool)
+    step = _step(weight, root, block_size, sparsity, grid)
+    new, changes = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    pruned = weight.new_zeros(weight.shape, dtype=torch.bool)
     if zero is not None:
-        pruned |= zero.T
+        pruned |= zero
+    for first in range(0, weight.shape[1], block_size):
+        here = slice(first, first + block_size)
+        block, before = new[:, here], weight[:, here]
+        factor = _inverse(root[here, here]).T.contiguous()
+        with full_precision():
+            carried = factor.T @ root[here, :first]
+            torch.addmm(before, changes[:, :first], carried.T, out=block)
+        step(block, pruned[:, here], factor, first)
+        torch.sub(before, block, out=changes[:, here])
+    return new, pruned
+
+
+def _inverse(lower: torch.Tensor) -> torch.Tensor:
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False)
+
+
+# Changes the columns of a block in place: (weight, pruned, factor, first column), the first two
+# (rows, block columns), the factor its part of U.
+_Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
+
+
+def _step(
+    weight: torch.Tensor,
+    root: torch.Tensor,
+    block_size: int,
+    sparsity: Sparsity | None,
+    grid: Grid | None,
+) -> _Step:
     tables = grid.tables() if grid else None
     in_tables = grid is None or tables is not None
-    if in_tables and work.dtype == torch.float32 and native.why_not(work, upper) is None:
-        return _native_sweep(work, upper.contiguous(), block_size, sparsity, pruned, tables)
-    if grid is None and triton.why_not(work, upper, block_size) is None:
-        return _triton_sweep(work, upper.contiguous(), block_size, sparsity, pruned)
-    step = sparsity.group or block_size if sparsity else block_size
+    if in_tables and weight.dtype == torch.float32 and native.why_not(weight, root) is None:
+        return partial(_native_step, sparsity, tables)
+    if grid is None and triton.why_not(weight, root, block_size) is None:
+        return partial(_triton_step, sparsity)
+    return partial(_torch_step, sparsity, grid)
+
+
+def _torch_step(sparsity, grid, weight, pruned, factor, start) -> None:
+    block, mask = weight.T.contiguous(), pruned.T.contiguous()  # whose columns are contiguous
+    group = sparsity.group or len(block) if sparsity else len(block)
     tile = _tile(math.lcm(sparsity.group or 1 if sparsity else 1, grid.refit if grid else 1))
-    for start in range(0, columns, block_size):
-        factor = upper[start : start + block_size, start : start + block_size]
-        block, mask = work[start : start + block_size], pruned[start : start + block_size]
-        errors = torch.empty_like(block)
-        for first in range(0, len(block), tile):
-            last = min(first + tile, len(block))
-            for i in range(first, last):
-                if sparsity and i % step == 0:
-                    scores = (block[i : i + step] / factor.diagonal()[i : i + step, None]).square_()
-                    mask[i : i + step] = sparsity.choose(scores.T, mask[i : i + step].T).T
-                wanted = block[i].masked_fill(mask[i], 0)
-                if grid:
-                    grid.enter(start + i, block[i:])
-                    wanted = grid.round(wanted, start + i)
-                torch.sub(block[i], wanted, out=errors[i]).div_(factor[i, i])
-                block[i] = wanted
-                block[i + 1 : last].addr_(factor[i, i + 1 : last], errors[i], alpha=-1)
-            _carry(block[last:], factor[first:last, last:], errors[first:last])
-        stop = start + len(block)
-        _carry(work[stop:], upper[start:stop, stop:], errors)
-    return work.T.contiguous(), pruned.T.contiguous()
+    for first in range(0, len(block), tile):
+        last = min(first + tile, len(block))
+        errors = torch.empty_like(block[first:last])
+        for i in range(first, last):
+            if sparsity and i % group == 0:
+                scores = (block[i : i + group] / factor.diagonal()[i : i + group, None]).square_()
+                mask[i : i + group] = sparsity.choose(scores.T, mask[i : i + group].T).T
+            wanted = block[i].masked_fill(mask[i], 0)
+            if grid:
+                grid.enter(start + i, block[i:])
+                wanted = grid.round(wanted, start + i)
+            torch.sub(block[i], wanted, out=errors[i - first]).div_(factor[i, i])
+            block[i] = wanted
+            block[i + 1 : last].addr_(factor[i, i + 1 : last], errors[i - first], alpha=-1)
+        with full_precision():
+            block[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    weight.copy_(block.T)
+    pruned.copy_(mask.T)
 
 
-def _native_sweep(
-    work: torch.Tensor,
-    upper: torch.Tensor,
-    block_size: int,
-    sparsity: Sparsity | None,
-    pruned: torch.Tensor,
-    tables: Tables | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with one kernel a block (csrc/cpu/sparsegpt_kernel.cpp), rows in parallel."""
-    rows, columns = work.shape[1], len(upper)
-    mask = pruned.view(torch.uint8)
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        block, errors = work[start:stop], torch.empty_like(work[start:stop])
-        zeros, group, count = 0, 0, -1
-        if sparsity and sparsity.group:
-            zeros, group = sparsity.zeros, sparsity.group
-        elif sparsity:
-            count = round(block.numel() * sparsity.fraction)
-        rounding = {}
-        if tables:
-            groups = tables.groups[start:stop].contiguous()
-            rounding = {"scale": tables.scale.data_ptr(), "zero": tables.zero.data_ptr(),
-                        "groups": groups.data_ptr(), "low": tables.low,
-                        "high": tables.high}  # fmt: skip
-        if rows:
-            native.lib().sparsegpt_block(
-                stop - start, rows, block.data_ptr(), mask[start].data_ptr(), errors.data_ptr(),
-                upper[start, start].data_ptr(), columns, zeros, group, count, native.threads(),
-                **rounding,
-            )  # fmt: skip
-        _carry(work[stop:], upper[start:stop, stop:], errors)
-    return work.T.contiguous(), pruned.T.contiguous()
+def _native_step(sparsity, tables: Tables | None, weight, pruned, factor, start) -> None:
+    """The same by one kernel (csrc/cpu/sparsegpt_kernel.cpp), rows in parallel."""
+    rows, columns = weight.shape
+    zeros, group, count = 0, 0, -1
+    if sparsity and sparsity.group:
+        zeros, group = sparsity.zeros, sparsity.group
+    elif sparsity:
+        count = round(weight.numel() * sparsity.fraction)
+    rounding = {}
+    if tables:
+        groups = tables.groups[start : start + columns].contiguous()
+        rounding = {"scale": tables.scale.data_ptr(), "zero": tables.zero.data_ptr(),
+                    "groups": groups.data_ptr(), "low": tables.low,
+                    "high": tables.high}  # fmt: skip
+    if rows:
+        native.lib().sparsegpt_block(
+            columns, rows, weight.stride(0), weight.data_ptr(), pruned.data_ptr(),
+            factor.data_ptr(), zeros, group, count, native.threads(), **rounding,
+        )  # fmt: skip
 
 
-def _triton_sweep(
-    work: torch.Tensor,
-    upper: torch.Tensor,
-    block_size: int,
-    sparsity: Sparsity | None,
-    pruned: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with one Triton kernel a block, which unstructured pruning is chosen before."""
+def _triton_step(sparsity, weight, pruned, factor, start) -> None:
+    """The same by one Triton kernel; what unstructured pruning takes is chosen before."""
     zeros, group = (sparsity.zeros, sparsity.group) if sparsity else (0, 0)
-    for start in range(0, len(work), block_size):
-        stop = min(start + block_size, len(work))
-        block, mask, errors = (
-            work[start:stop],
-            pruned[start:stop],
-            torch.empty_like(work[start:stop]),
-        )
-        factor = upper[start:stop, start:stop]
-        if sparsity and not group:
-            scores = (block / factor.diagonal()[:, None]).square_()
-            mask.copy_(sparsity.choose(scores.T, mask.T).T)
-        triton.block(block, mask, errors, factor, zeros, group)
-        _carry(work[stop:], upper[start:stop, stop:], errors)
-    return work.T.contiguous(), pruned.T.contiguous()
-
-
-def _carry(rest: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> None:
-    with full_precision():
-        rest.addmm_(factor.T, errors, alpha=-1)
+    if sparsity and not group:
+        scores = (weight / factor.diagonal()).square_()
+        pruned.copy_(sparsity.choose(scores, pruned))
+    triton.block(weight, pruned, factor, zeros, group)

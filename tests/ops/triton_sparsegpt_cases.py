@@ -21,9 +21,9 @@ def layer(rows, columns):
 
 @pytest.mark.parametrize("setting", ["0.5", "2:4", "1:4", "4:8", "5:12", None])
 @pytest.mark.parametrize("rows, columns", [(17, 53), (1, 12)])
-def test_agrees_with_the_torch_sweep(setting, rows, columns):
+def test_agrees_with_the_torch_sweep(setting, rows, columns, monkeypatch):
     weight, hessian = layer(rows, columns)
-    upper = factorize(hessian, damp_frac=0.01).upper
+    root = factorize(hessian, damp_frac=0.01).root
     generator = torch.Generator().manual_seed(1)
     zero = torch.rand(weight.shape, generator=generator) < 0.15
     weight[zero] = 0
@@ -33,10 +33,12 @@ def test_agrees_with_the_torch_sweep(setting, rows, columns):
         amount = (None, setting) if ":" in setting else (float(setting), None)
         sparsity = masks.parse("test", *amount)
     block_size = 24  # two whole blocks and a rest
-    want, pruned = sweep.sweep(weight.double(), upper.double(), block_size=block_size,
+    want, pruned = sweep.sweep(weight.double(), root.double(), block_size=block_size,
                                sparsity=sparsity, zero=zero)  # fmt: skip
-    work, mask = weight.T.contiguous().to(DEVICE), zero.T.contiguous().to(DEVICE)
-    got, chosen = sweep._triton_sweep(work, upper.to(DEVICE), block_size, sparsity, mask)
+    monkeypatch.setattr(sweep.native, "why_not", lambda *tensors: "as on a GPU")
+    monkeypatch.setattr(sweep, "_torch_step", None)
+    got, chosen = sweep.sweep(weight.to(DEVICE), root.to(DEVICE), block_size=block_size,
+                              sparsity=sparsity, zero=zero.to(DEVICE))  # fmt: skip
     assert torch.equal(chosen.cpu(), pruned)
     torch.testing.assert_close(got.cpu(), want.float(), rtol=2e-4, atol=2e-5)
 
@@ -45,10 +47,10 @@ def test_the_solver_takes_it_where_native_cannot(monkeypatch):
     weight, hessian = layer(9, 60)
     want = sparsegpt.solve(weight, hessian, pattern="2:4", block_size=40)
     taken = []
-    plain = sweep._triton_sweep
+    plain = sweep._triton_step
     monkeypatch.setattr(sweep.native, "why_not", lambda *tensors: "as on a GPU")
-    monkeypatch.setattr(sweep, "_triton_sweep", lambda *args: taken.append(1) or plain(*args))
+    monkeypatch.setattr(sweep, "_triton_step", lambda *args: taken.append(1) or plain(*args))
     got = sparsegpt.solve(weight.to(DEVICE), hessian.to(DEVICE), pattern="2:4", block_size=40)
     assert taken and torch.equal(got.mask.cpu(), want.mask)
     sparsegpt.solve(weight.to(DEVICE), hessian.to(DEVICE), pattern="2:4", block_size=160)
-    assert len(taken) == 1  # torch, for so large a block
+    assert len(taken) == 2  # torch, for so large a block

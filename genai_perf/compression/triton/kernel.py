@@ -25,16 +25,16 @@ def choose(w, pruned, d, c, i, columns, zeros, group):
 
 @triton.jit
 def _sparsegpt_block_kernel(
-    weight_ptr, pruned_ptr, errors_ptr, factor_ptr, rows, columns, stride_factor, zeros, group,
+    weight_ptr, pruned_ptr, factor_ptr, rows, columns, stride, zeros, group,
     GROUPED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     inside = (c < columns)[:, None] & (r < rows)[None, :]
-    at = c[:, None] * rows + r[None, :]
+    at = c[:, None] + r.to(tl.int64)[None, :] * stride
     w = tl.load(weight_ptr + at, mask=inside, other=0.0)  # (BLOCK_C, BLOCK_R)
     pruned = tl.load(pruned_ptr + at, mask=inside, other=0) != 0
-    d = tl.load(factor_ptr + c * (stride_factor + 1), mask=c < columns, other=1.0)
+    d = tl.load(factor_ptr + c * (columns + 1), mask=c < columns, other=1.0)
     for i in range(columns):
         if GROUPED:  # noqa: SIM102, one is known when compiling, the other is not
             if i % group == 0:
@@ -43,11 +43,9 @@ def _sparsegpt_block_kernel(
         value = tl.sum(tl.where(here, w, 0.0), 0)
         gone = tl.sum((here & pruned).to(tl.int32), 0) != 0
         error = tl.where(gone, value / tl.load(factor_ptr + i), 0.0)
-        tl.store(errors_ptr + r, error, mask=r < rows)
         u = tl.load(factor_ptr + c, mask=(c > i) & (c < columns), other=0.0)
         w -= u[:, None] * error[None, :]
         w = tl.where(here & gone[None, :], 0.0, w)
-        factor_ptr += stride_factor
-        errors_ptr += rows
+        factor_ptr += columns
     tl.store(weight_ptr + at, w, mask=inside)
     tl.store(pruned_ptr + at, pruned.to(tl.uint8), mask=inside)
