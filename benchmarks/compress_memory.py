@@ -3,7 +3,8 @@
     python benchmarks/compress_memory.py FOLDER [--gigabytes 8] [--blocks 32] [--recipe int4-rtn]
 
 FOLDER gets the checkpoint and, for as long as it runs, the compressed copy: one and a half times
-the size in free space.
+the size in free space. A run that was stopped goes on from its last finished block, and its figures
+with it.
 """
 
 import argparse
@@ -62,26 +63,51 @@ def make(folder: Path, gigabytes: float, blocks: int) -> int:
     return total
 
 
-def child(src: str, dst: str, recipe: str, windows: int) -> None:
-    """Compresses and prints seconds of each block and the peak resident bytes."""
+def child(src: str, dst: str, recipe: str, windows: int, log: str) -> None:
+    """Compresses; writes the number, seconds and peak resident bytes so far of each block that it
+    computes to a file."""
     import genai_perf as gp
 
     warnings.simplefilter("ignore")  # few tokens
-    stamps = []
+    before = None  # (block, when it began)
 
     def progress(done, total, what):
-        if what != "embedding":
-            stamps.append(time.perf_counter())
-            print(f"{done}/{total}", file=sys.stderr, end="\r", flush=True)
+        nonlocal before
+        now = time.perf_counter(), time.process_time()
+        if what == "embedding":
+            return
+        if before is not None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            wall, cpu = (b - a for a, b in zip(before[1], now, strict=True))
+            entry = {"block": before[0], "seconds": wall, "cpu": cpu, "peak": peak}
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        before = done, now
 
     chosen = gp.Recipe.of(recipe)
     ids = None
     if chosen.needs_calibration:
         ids = torch.randint(0, VOCAB, (windows, 512), generator=torch.Generator().manual_seed(0))
     gp.compress(src, dst, chosen, calibration=ids, progress=progress)
-    seconds = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak": peak}))
+
+
+def summary(recipe: str, log: Path) -> str:
+    """The first time of each block counts: a later one only reads it back."""
+    entries = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    blocks: dict[int, dict] = {}
+    for entry in entries:
+        blocks.setdefault(entry["block"], entry)
+    quarter = max(1, len(blocks) // 4)
+    ordered = [blocks[block] for block in sorted(blocks)]
+
+    def medians(key: str) -> str:
+        parts = (ordered[:quarter], ordered[-quarter:])
+        first, last = (statistics.median(one[key] for one in part) for part in parts)
+        return f"{first:.2f} s in the first quarter, {last:.2f} s in the last"
+
+    peak = max(entry["peak"] for entry in entries)
+    return (f"{recipe}: {len(ordered)} blocks, peak resident {peak / 1e9:.2f} GB; a block takes "
+            f"{medians('seconds')}; CPU time {medians('cpu')}")  # fmt: skip
 
 
 def main() -> None:
@@ -92,27 +118,24 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="+", default=["int4-rtn", "int4-gptq"])
     parser.add_argument("--windows", type=int, default=8, help="calibration windows of 512 tokens")
     a = parser.parse_args()
-    src, dst = a.folder / "src", a.folder / "dst"
+    src = a.folder / "src"
     if not src.exists():
         make(src, a.gigabytes, a.blocks)
     nbytes = sum(file.stat().st_size for file in src.glob("*.safetensors"))
     print(f"{nbytes / 1e9:.2f} GB, {a.blocks} blocks, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
     for recipe in a.recipe:
-        shutil.rmtree(dst, ignore_errors=True)
-        call = [sys.executable, __file__, "--child", str(src), str(dst), recipe, str(a.windows)]
-        done = subprocess.run(call, stdout=subprocess.PIPE, check=True, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        seconds = found["seconds"]
-        quarter = max(1, len(seconds) // 4)
-        first, last = (statistics.median(s) for s in (seconds[:quarter], seconds[-quarter:]))
-        print(f"{recipe}: peak resident {found['peak'] / 1e9:.2f} GB, block {first:.2f} s in the "
-              f"first quarter, {last:.2f} s in the last, {sum(seconds):.0f} s in all")  # fmt: skip
-    shutil.rmtree(dst, ignore_errors=True)
+        dst, log = a.folder / recipe, a.folder / f"{recipe}.jsonl"
+        call = [sys.executable, __file__, "--child", str(src), str(dst), recipe, str(a.windows),
+                str(log)]  # fmt: skip
+        subprocess.run(call, check=True)
+        print(summary(recipe, log))
+        shutil.rmtree(dst)
+        log.unlink()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:5], int(sys.argv[5]))
+        child(*sys.argv[2:5], int(sys.argv[5]), sys.argv[6])
     else:
         main()

@@ -85,8 +85,9 @@ def command(
         from ..integrations.plan_compress import plan_compression
 
         plan = plan_compression(
-            source, recipe, n_samples=samples, max_seqlen=max_seqlen, activations=activations
-        )
+            source, recipe, n_samples=samples, max_seqlen=max_seqlen, activations=activations,
+            n_heldout=4,  # as compress has it
+        )  # fmt: skip
         rows = {
             **plan.parts,
             "peak memory, beside Python": plan.memory,

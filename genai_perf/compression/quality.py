@@ -38,7 +38,7 @@ def measure(model, recipe: Recipe, store: Store, windows: torch.Tensor) -> Quali
     """Runs the original and what the store holds through the held-out windows, block by block.
 
     In memory: one block, the layer inputs of all windows twice, at the end embedding and head with
-    the logits of all windows twice. A rotated model's head is taken as it was before it was
+    the logits of one window, five times. A rotated model's head is taken as it was before it was
     rounded to the stored dtype.
 
     Args:
@@ -60,23 +60,30 @@ def measure(model, recipe: Recipe, store: Store, windows: torch.Tensor) -> Quali
         after = model.forward_block(i, after, calls[0])
         model.free_block(i)
     after = folds.leave(after)
-    logits, found = (model.logits(windows, states).float() for states in (before, after))
     causal = type(model.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     digest = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
-    kl = [float(F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum"))
-          for a, b in zip(logits, found, strict=True)]  # fmt: skip
+    states = (s for pair in zip(before, after, strict=True) for s in pair)
+    ids = windows.repeat_interleave(2, 0)
+    logits = model.each_logits((i[None], s[None]) for i, s in zip(ids, states, strict=True))
+    kl = same = 0.0
+    losses: tuple[list[float], list[float]] = ([], [])  # of the original, of the compressed
+    for window in windows:
+        old, new = (next(logits)[0].float().log_softmax(-1) for _ in range(2))
+        kl += float(F.kl_div(new, old, log_target=True, reduction="sum"))
+        same += float((old.argmax(-1) == new.argmax(-1)).sum())
+        for found, mine in zip(losses, (old, new), strict=True):
+            found.append(float(F.nll_loss(mine[:-1], window[1:])) if causal else math.nan)
+    logits.close()
     return Quality(
-        kl=sum(kl) / windows.numel(),
-        top1=float((logits.argmax(-1) == found.argmax(-1)).float().mean()),
-        perplexity=_perplexity(found, windows) if causal else None,
-        perplexity_before=_perplexity(logits, windows) if causal else None,
+        kl=kl / windows.numel(),
+        top1=same / windows.numel(),
+        perplexity=_perplexity(losses[1]) if causal else None,
+        perplexity_before=_perplexity(losses[0]) if causal else None,
         tokens=windows.numel(),
         sha256=digest,
     )
 
 
-def _perplexity(logits: torch.Tensor, windows: torch.Tensor) -> float:
-    nll = [float(F.cross_entropy(one[:-1], ids[1:]))
-           for one, ids in zip(logits, windows, strict=True)]  # fmt: skip
+def _perplexity(nll: list[float]) -> float:
     mean = sum(nll) / len(nll)
     return math.exp(mean) if mean < 700 else math.inf

@@ -6,7 +6,7 @@ So there is no code per architecture.
 """
 
 import inspect
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Iterable, Iterator, MutableSequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -253,7 +253,6 @@ class CheckpointModel:
         output = self.blocks[i][1](hidden, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    @torch.no_grad()
     def logits(self, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """The model's logits for the last block's output: final norm and head, by its own code.
 
@@ -261,14 +260,26 @@ class CheckpointModel:
             batch: the input ids that `hidden` came from, (batch, seqlen).
             hidden: output of the last block, (batch, seqlen, hidden).
         """
-        self._check_tokens(batch)
-        outside = self._outside(head=True)
-        self._load(outside)
-        returns_tuple = self._returns_tuple(batch)
-        with self._replaced(lambda i, states, call: (hidden,) if returns_tuple else hidden):
-            logits = self.model(input_ids=batch.to(self.device), use_cache=False).logits
-        self._free(outside)
+        (logits,) = self.each_logits([(batch, hidden)])
         return logits
+
+    def each_logits(
+        self, calls: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Iterator[torch.Tensor]:
+        """`logits` of one call after the other; what they need of the model is read once."""
+        outside, returns_tuple = self._outside(head=True), None
+        self._load(outside)
+        try:
+            for batch, hidden in calls:
+                self._check_tokens(batch)
+                if returns_tuple is None:
+                    returns_tuple = self._returns_tuple(batch)
+                output = (hidden,) if returns_tuple else hidden
+                with torch.no_grad(), self._replaced(lambda i, states, call, o=output: o):
+                    logits = self.model(input_ids=batch.to(self.device), use_cache=False).logits
+                yield logits
+        finally:
+            self._free(outside)
 
     def _check_tokens(self, batch: torch.Tensor) -> None:
         rows = self.model.get_input_embeddings().weight.shape[0]

@@ -54,12 +54,14 @@ def plan_compression(
     n_samples: int = 128,
     max_seqlen: int | None = None,
     activations: str = "memory",
+    n_heldout: int = 0,
 ) -> CompressionPlan:
     """Memory, disk and time of `compress` on this CPU, from headers and config.
 
     Args:
         src, recipe, n_samples, max_seqlen, activations: as in `compress`; the calibration is taken
             to have n_samples windows where the recipe needs one.
+        n_heldout: windows of held-out text that the result is compared on, at most 256 tokens each.
 
     Raises:
         CheckpointError: see `Checkpoint`.
@@ -89,12 +91,31 @@ def plan_compression(
     if embedding > sum(parts.values()):
         parts = {"embedding": embedding - layer_inputs, "layer inputs": layer_inputs,
                  "kept by the allocator": _KEPT_BY_ALLOCATOR}  # fmt: skip
+    measuring = _quality(model, n_heldout, min(256, seqlen), worst.nbytes)
+    if sum(measuring.values()) > sum(parts.values()):
+        parts = measuring
     outside = checkpoint.nbytes - sum(b.stored for b in blocks)
     after = outside + sum(b.output for b in blocks)
     on_disk = after + (4 * hidden * tokens if activations == "disk" else 0)
     flops = sum(b.flops(tokens, inputs.get(b.prefix, ())) for b in blocks)
     seconds = flops / _rate() + 3 * checkpoint.nbytes / 1e9  # read thrice, at 1 GB/s
     return CompressionPlan(sum(parts.values()), parts, on_disk, checkpoint.nbytes, after, seconds)
+
+
+def _quality(model: nn.Module, windows: int, seqlen: int, block: int) -> dict[str, int]:
+    """What `compression.quality.measure` holds at its end, by name; nothing for no windows."""
+    head = model.get_output_embeddings()
+    if not windows or head is None:
+        return {}
+    matrices = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), head)}
+    vocabulary, hidden = head.weight.shape
+    return {
+        # The head's block is block 0 again: one call of it says how the model's code takes it.
+        "embedding and head": 4 * sum(matrices.values()) + block,
+        "layer inputs": 2 * 4 * windows * seqlen * hidden,
+        "held-out logits": 5 * 4 * seqlen * vocabulary,
+        "kept by the allocator": _KEPT_BY_ALLOCATOR,
+    }
 
 
 class _Block:

@@ -1,10 +1,11 @@
 """Rotations and scales folded into weights: the model stays the same, and rounds better."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import genai_perf as gp
 from genai_perf.compression import AWQ, GPTQ, RTN, Hadamard, Recipe, SmoothQuant
@@ -12,6 +13,7 @@ from genai_perf.compression.capture import inputs_of
 from genai_perf.compression.folding import Folds
 from genai_perf.compression.rotation import Rotation
 from genai_perf.integrations.transformers import CheckpointModel
+from genai_perf.models import stdlib_text, tiny_python_lm
 
 IDS = torch.randint(1, 96, (20, 16), generator=torch.Generator().manual_seed(0))
 EVERYTHING = ("re:.*",)
@@ -130,6 +132,61 @@ def test_w8a8_says_so_to_servers(saved, tmp_path):
     assert gp.io.validate(tmp_path / "out", "vllm").ok
     found, dense = logits(tmp_path / "out"), logits(saved("llama"))
     assert float((found - dense).norm() / dense.norm()) < 0.05
+
+
+def test_w8a8_rounds_activations_in_transformers(saved, tmp_path):
+    """compressed-tensors' own formula: a scale a token of absmax / 127.5, 256 codes."""
+    from transformers import AutoModelForCausalLM
+
+    gp.compress(saved("llama"), tmp_path / "out", "w8a8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    seen = {}
+    layer = model.model.layers[1].mlp.down_proj
+    layer.register_forward_hook(lambda m, args, y: seen.update(x=args[0], y=y))
+    with torch.no_grad():
+        model(IDS)
+    x, weight = seen["x"], layer.weight.detach()
+    scale = x.abs().amax(-1, keepdim=True) / 127.5
+    rounded = (x / scale).round().clamp(-128, 127) * scale @ weight.T
+    size = float(rounded.norm())
+    assert float((seen["y"] - rounded).norm()) < 1e-5 * size
+    assert float((seen["y"] - x @ weight.T).norm()) > 1e-3 * size
+
+
+@pytest.fixture
+def with_outliers(tmp_path):
+    """The embedded model with a tenth of the channels that its normalizations give made 16 times
+    smaller, and what reads them as much larger: the same function, and outliers in every row."""
+    src = tmp_path / "outliers"
+    shutil.copytree(tiny_python_lm(), src)
+    tensors = load_file(src / "model.safetensors")
+    loud = torch.ones(256)
+    loud[torch.randperm(256, generator=torch.Generator().manual_seed(0))[:24]] = 16
+    for name in tensors:
+        if name.endswith("layernorm.weight"):
+            tensors[name] = (tensors[name] / loud).to(tensors[name].dtype)
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight",
+                            "up_proj.weight")):  # fmt: skip
+            tensors[name] = (tensors[name] * loud).to(tensors[name].dtype)
+    save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
+    return src
+
+
+def test_rotation_takes_outliers_away(with_outliers, tmp_path):
+    """int4 with one scale a row, with rotation and without: KL to the original, and what it adds to
+    the perplexity."""
+    texts = {split: [text[:20_000] for _, text in stdlib_text(split)][:12]
+             for split in ("calibration", "heldout")}  # fmt: skip
+    found = []
+    for steps in ((GPTQ(group_size=-1),), (Hadamard(), GPTQ(group_size=-1))):
+        report = gp.compress(with_outliers, tmp_path / f"out{len(steps)}", Recipe(steps),
+                             calibration=texts["calibration"], heldout=texts["heldout"],
+                             n_samples=16, max_seqlen=256, n_heldout=16)  # fmt: skip
+        found.append(report.quality)
+    plain, rotated = found
+    assert rotated["kl"] < 0.5 * plain["kl"]
+    excess = [q["perplexity"] - q["perplexity_before"] for q in found]
+    assert excess[1] < 0.5 * excess[0]
 
 
 @pytest.mark.parametrize("steps, words", [

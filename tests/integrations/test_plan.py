@@ -85,6 +85,25 @@ def test_what_calibration_holds(src):
     assert plan_compression(src, "int4-rtn").parts["layer inputs"] == 0
 
 
+def test_comparing_with_the_original_is_counted(tmp_path):
+    """A large vocabulary, so that the logits are most of it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=60_000, hidden_size=64, intermediate_size=128,
+                         num_attention_heads=4, num_hidden_layers=1)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "src")
+    preload = ["genai_perf.integrations.pipeline", "transformers.models.llama.modeling_llama"]
+    with FreshProcesses(preload, path=[Path(__file__).parent]) as processes:
+        folders = {"src": str(tmp_path / "src"), "dst": str(tmp_path / "dst")}
+        usage = processes.run("memory_work:held_out", folders)
+    plan = plan_compression(tmp_path / "src", "int8-rtn", n_heldout=4)
+    without = plan_compression(tmp_path / "src", "int8-rtn")
+    assert "held-out logits" in plan.parts and "held-out logits" not in without.parts
+    measured = usage.peak_rss_bytes - usage.baseline_rss_bytes
+    alive = plan.memory - plan.parts["kept by the allocator"]
+    assert 0.9 * alive < measured < 1.1 * plan.memory
+
+
 def test_bad_settings_are_one_sentence(src, tmp_path):
     for words, options in (
         ("'fp64'", {"dtype": "fp64"}),
