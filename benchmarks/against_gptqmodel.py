@@ -79,10 +79,11 @@ def main() -> None:
         windows = torch.stack([calibration[s : s + 256] for s in starts])
         with tempfile.TemporaryDirectory() as work:
             torch.save(windows, f"{work}/ids.pt")
-            call = [a.python, __file__, "--quantize", str(folder), f"{work}/ids.pt", f"{work}/out"]
+            call = [Path(a.python).absolute(), Path(__file__).absolute(), "--quantize", folder,
+                    f"{work}/ids.pt", f"{work}/out"]  # fmt: skip
             # Nothing of this environment: GPTQModel has its own torch.
             env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-            subprocess.run(call, env=env, check=True, capture_output=True)
+            subprocess.run(call, env=env, cwd=work, check=True, capture_output=True)
             found.setdefault("GPTQModel", []).append(loss(f"{work}/out"))
             for recipe in a.recipe:
                 gp.compress(folder, Path(work) / recipe, recipe, calibration=windows)
