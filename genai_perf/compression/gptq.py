@@ -136,9 +136,24 @@ def solve(
         back = order.argsort()
         grid.fit(dense, importance[back])
         visited = None if zero is None else zero[:, order]
-        new, _ = sweep(dense[:, order], root, block_size=block_size, zero=visited,
+        dense = dense[:, order]
+        new, _ = sweep(dense, root, block_size=block_size, zero=visited,
                        grid=_Permuted(grid, order))  # fmt: skip
+        del dense
         new = new[:, back]
     dtype = weight.dtype if weight.dtype in FLOATS else torch.float32
     qweight = grid.pack(new, dtype)
-    return QuantizedResult(qweight, qweight.dequantize(), relative_error(weight, new, hessian))
+    error = relative_error(weight, new, hessian)
+    del new
+    return QuantizedResult(qweight, stands_for(qweight), error)
+
+
+def stands_for(qweight: QuantizedTensor) -> torch.Tensor:
+    """What a weight dequantizes to, some rows at a time where it can be: the codec's temporaries
+    are several times the weight in fp32."""
+    if not qweight.by_rows:
+        return qweight.dequantize()
+    out = torch.empty(qweight.shape, dtype=qweight.dtype, device=qweight.device)
+    for start in range(0, len(out), 512):
+        out[start : start + 512] = qweight.rows(start, start + 512).dequantize()
+    return out

@@ -12,6 +12,9 @@ from ..formats import QuantizedTensor, int4
 # Candidate scales of the search, as fractions of the one that just covers the extremes.
 _SHRINKS = tuple(1.0 - 0.0125 * i for i in range(33))  # 1.0 to 0.6
 
+# Rows packed at once: packing takes four times their size in fp32.
+_ROWS = 512
+
 
 class Tables(NamedTuple):
     """An integer grid as the native sweep reads it.
@@ -178,13 +181,18 @@ class IntGrid(GroupGrid):
         return Tables(self._scale, self._zero, groups, self._low, self._high)
 
     def pack(self, weight: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
-        codes = self._codes(weight, self._spread(self._scale), self._spread(self._zero))
-        scale = self._scale.T.contiguous()
+        rows = []
+        for start in range(0, max(1, len(weight)), _ROWS):
+            here = slice(start, start + _ROWS)
+            scale, zero = (self._spread(t[:, here]) for t in (self._scale, self._zero))
+            codes = self._codes(weight[here], scale, zero)
+            rows.append(codes.to(torch.int8) if self.bits == 8
+                        else int4.pack((codes - self._low).to(torch.uint8)))  # fmt: skip
+        qdata, scale = torch.cat(rows), self._scale.T.contiguous()
         if self.bits == 8:  # whose scales are fp32, here with values that scale_dtype holds
-            return QuantizedTensor("int8", weight.shape, dtype, codes.to(torch.int8), scale.float())
+            return QuantizedTensor("int8", weight.shape, dtype, qdata, scale.float())
         parts = {"scale": scale.to(self._scale_dtype)}
         if not self.symmetric:
             parts["zero_point"] = (self._zero.T - self._low).to(torch.uint8).contiguous()
-        qdata = int4.pack((codes - self._low).to(torch.uint8))
         parts["group_size"] = self.group_size
         return QuantizedTensor("int4", weight.shape, dtype, qdata, **parts)

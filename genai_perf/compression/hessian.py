@@ -244,9 +244,12 @@ def relative_error(
     no Hessian, || before - after ||^2 / || before ||^2."""
     dtype = torch.float32 if hessian is None else hessian.dtype
     energy = _norm if hessian is None else lambda rows: _energy(rows, hessian)
+    total = lost = 0.0
     with full_precision():
-        total = energy(before.to(dtype))
-        lost = energy(before.to(dtype) - after.to(dtype))
+        for start in range(0, len(before), _PANEL):  # fp32 copies of all rows would be large
+            part = before[start : start + _PANEL].to(dtype)
+            total += energy(part)
+            lost += energy(part - after[start : start + _PANEL].to(dtype))
     return lost / total if total > 0 else 0.0
 
 

@@ -7,7 +7,7 @@ import torch
 from .. import formats
 from ..formats import QuantizedTensor, int4
 from ..formats.base import FLOATS
-from .gptq import QuantizedResult
+from .gptq import QuantizedResult, stands_for
 from .grid import GroupGrid
 from .hessian import relative_error
 from .sparsegpt import check_weight
@@ -45,14 +45,14 @@ def solve(
         dense = weight.detach().float()
         grid.fit(dense, dense.new_ones(dense.shape[1]) if importance is None else importance)
         qweight = grid.pack(dense, weight.dtype if weight.dtype in FLOATS else torch.float32)
-        new = qweight.dequantize()
+        new = stands_for(qweight)
         return QuantizedResult(qweight, new, relative_error(weight, new, hessian))
     qweight = formats.get(format).quantize(
         weight, group_size=group_size, symmetric=symmetric, double_quant=double_quant,
         granularity=granularity, scale_dtype=scale_dtype if format == "int4" else None)  # fmt: skip
     if format in ("int8", "fp8", "fp8_e5m2") and scale_dtype not in (None, torch.float32):
         qweight = _round_scales(weight, qweight, scale_dtype)
-    new = qweight.dequantize()
+    new = stands_for(qweight)
     return QuantizedResult(qweight, new, relative_error(weight, new, hessian))
 
 

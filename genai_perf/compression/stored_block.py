@@ -36,15 +36,13 @@ def encode(
 
 
 def _parts(qweight: QuantizedTensor, count: int) -> Iterator[QuantizedTensor]:
-    """Equal numbers of rows, each with its scales; formats whose components are by rows."""
-    if count == 1:
-        yield qweight
-        return
+    """Equal numbers of rows, each with its scales."""
     rows = qweight.shape[0] // count
     for start in range(0, rows * count, rows):
-        parts = {name: tensor[start : start + rows].clone()
-                 for name, tensor in qweight.components().items()}  # fmt: skip
-        yield replace(qweight, shape=torch.Size((rows, qweight.shape[1])), **parts)
+        part = qweight if count == 1 else qweight.rows(start, start + rows)
+        if count > 1:  # what is written must not share memory
+            part = replace(part, **{k: t.clone() for k, t in part.components().items()})
+        yield part
 
 
 def decode(
