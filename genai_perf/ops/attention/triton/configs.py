@@ -43,8 +43,8 @@ def rule(kernel: str, arch: str, dtype: torch.dtype, headdim: int, headdim_v: in
         table = FLOAT["gfx942" if chip == "gfx942" else "nvidia"]
     else:
         table = HALF[chip]
-    block_m, block_n, warps, stages = table[kernel][rules][column]
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
+    return dict(zip(names, table[kernel][rules][column], strict=False))
 
 
 def precision(arch: str, dtype: torch.dtype, *headdims: int) -> str:

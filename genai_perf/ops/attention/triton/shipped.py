@@ -82,7 +82,7 @@ def source(kernel: str, arch: str, dtype: torch.dtype, headdim: int, headdim_v: 
     return Source(
         f"attention {kernel} {TYPES[dtype]} {headdim}x{headdim_v} {feature}{tile}", function,
         constants, TYPES[dtype], full, ("softmax_scale", "qk_scale", "softcap", "keep_scale"),
-        {name: config[name] for name in ("num_warps", "num_stages")}, matrix,
+        {name: n for name, n in config.items() if name not in ("BLOCK_M", "BLOCK_N")}, matrix,
     )  # fmt: skip
 
 

@@ -1,15 +1,18 @@
-"""BLOCK_M, BLOCK_N, num_warps, num_stages where nothing was measured.
+"""BLOCK_M, BLOCK_N, num_warps, num_stages (and maxnreg) where nothing was measured.
 
 **Not measured here**: they start from configurations that others published for flex attention and
 Triton's tutorial on the A100, H100, B200 and MI300X, made smaller where the compiler spilled
 registers or passed the chip's shared memory (`make aot` checks each of them). Tiles of less than 64
 rows, which the rules that need most registers take, multiply by mma.sync on every NVIDIA chip.
+A row that ends in ALL gives each thread what registers it needs: left to itself, ptxas spilled one
+or two there so that more programs fit on a processor.
 """
 
 # Sets of rules with tiles of their own: masks, windows and sinks; with softcap, ALiBi or a bias,
 # which need more registers; with dropout, whose random words need the most.
 PLAIN, HEAVY, DROPOUT = range(3)
 NAMES = ("plain", "heavy", "dropout")
+ALL = 255
 # Largest head dimension of a column, padded to a power of two.
 DIMS = (64, 128, 256)
 
@@ -17,24 +20,24 @@ DIMS = (64, 128, 256)
 HALF = {
     "sm_80": {
         "fwd": (
-            ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+            ((128, 64, 8, 3, ALL), (128, 32, 8, 3), (64, 32, 8, 2)),
             ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
             ((128, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 1)),
         ),
         "dkdv": (
-            ((32, 32, 4, 2), (32, 64, 8, 1), (16, 64, 8, 1)),
+            ((32, 32, 4, 2, ALL), (32, 64, 8, 1), (16, 32, 8, 1, ALL)),
             ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
             ((16, 32, 4, 1), (16, 32, 8, 1), (32, 16, 8, 1)),
         ),
         "dq": (
-            ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+            ((64, 64, 8, 2, ALL), (64, 64, 8, 2), (64, 32, 8, 1)),
             ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
             ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
         ),
         "dbias": (
             (None, None, None),
-            ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
-            ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
+            ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+            ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
         ),
     },
     "sm_90": {
@@ -49,8 +52,8 @@ HALF = {
             ((16, 64, 8, 1), (16, 32, 8, 1), (32, 16, 8, 1)),
         ),
         "dq": (
-            ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
-            ((128, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+            ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1, ALL)),
+            ((128, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1, ALL)),
             ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
         ),
         "dbias": (
@@ -96,19 +99,19 @@ HALF = {
 FLOAT = {
     "nvidia": {
         "fwd": (
-            ((64, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+            ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
             ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 16, 1)),
-            ((32, 32, 8, 1), (32, 16, 16, 1), (16, 16, 16, 1)),
+            ((32, 32, 8, 1), (32, 16, 16, 1), (16, 16, 8, 1, ALL)),
         ),
         "dkdv": (
             ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
             ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-            ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 16, 1)),
+            ((32, 16, 8, 1), (16, 16, 8, 1, ALL), (16, 16, 8, 1, ALL)),
         ),
         "dq": (
-            ((64, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
             ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-            ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+            ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1, ALL)),
+            ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1, ALL)),
         ),
         "dbias": (
             (None, None, None),

@@ -21,21 +21,23 @@ INTERPRETER = {
 }
 
 
-def rule(kernel: str, arch: str, dtype: torch.dtype) -> dict[str, int]:
+def rule(kernel: str, arch: str, dtype: torch.dtype, *, pairs: bool = True) -> dict[str, int]:
     """Launch keywords of "gemv", "gemm" or "dx", the same for any number of rows, so that a row has
-    the same bits alone and among others."""
+    the same bits alone and among others. `pairs`: no byte of 4-bit codes lies in two rows."""
     if arch == "interpreter":
         return INTERPRETER[kernel]
     if kernel == "gemv":
         return {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
-    small = dtype == torch.float32
-    return {
-        "BLOCK_M": 32 if small else 64,
-        "BLOCK_N": 64,
-        "BLOCK_K": 64,
-        "num_warps": 4,
-        "num_stages": 1 if small or arch.startswith("gfx") else 3,
-    }
+    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+    if arch.startswith("gfx"):
+        rows = 32 if dtype == torch.float32 else 64
+        return tile | {"BLOCK_M": rows, "num_warps": 4, "num_stages": 1}
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+    if arch in ("sm_90", "sm_100", "sm_103"):
+        return tile | {"num_warps": 4, "num_stages": 3 if pairs else 2}
+    # Without maxnreg ptxas spills a register so that one more program fits on a processor.
+    return tile | {"num_warps": 8, "num_stages": 3 if pairs else 2, "maxnreg": 255}
 
 
 def choose(kernel: str, x: torch.Tensor, format: str, n: int, k: int) -> dict[str, int]:
@@ -43,7 +45,7 @@ def choose(kernel: str, x: torch.Tensor, format: str, n: int, k: int) -> dict[st
     dtype = str(x.dtype).removeprefix("torch.")
     exact = {"kernel": kernel, "dtype": dtype, "format": format}
     measured = toolchain.measured(TUNED, x.device, exact, {"n": n, "k": k})
-    return measured or rule(kernel, toolchain.arch(x.device), x.dtype)
+    return measured or rule(kernel, toolchain.arch(x.device), x.dtype, pairs=k % 2 == 0)
 
 
 def precision(arch: str, dtype: torch.dtype) -> str:

@@ -46,14 +46,15 @@ def weight_arguments(function, weight: str, values: dict) -> tuple[dict, dict]:
 
 
 def source(kernel: str, arch: str, dtype: torch.dtype, weight: str) -> Source:
-    config, function = configs.rule(kernel, arch, dtype), KERNELS[kernel]
+    pairs = WEIGHTS[weight][2].get("PAIRS", True)
+    config, function = configs.rule(kernel, arch, dtype, pairs=pairs), KERNELS[kernel]
     values = config | {"BIAS": True, "PRECISION": configs.precision(arch, dtype)}
     constants, pointers = weight_arguments(function, weight, values)
     matrix = "none" if kernel == "gemv" else "own" if dtype != torch.float32 else "any"
     return Source(
         f"quant_matmul {kernel} {TYPES[dtype]} {weight}", function, constants, TYPES[dtype],
         pointers | {"parts_ptr": "fp32"}, (),
-        {name: config[name] for name in ("num_warps", "num_stages")}, matrix,
+        {name: n for name, n in config.items() if not name.startswith("BLOCK_")}, matrix,
     )  # fmt: skip
 
 
