@@ -196,6 +196,18 @@ def test_a_broadcast_of_psum_repeats_its_elements(on, nl, nisa, rng):
     assert (on(body, x) == x.reshape(4, 40, 128) + x[:, :40, None]).all()
 
 
+def test_range_select_fills_with_the_least_number_however_written(on, nl, nisa):
+    def body(x, low, high):
+        out = nl.ndarray((4, 6), dtype=nl.float32, buffer=nl.sbuf)
+        nisa.range_select(dst=out, on_true_tile=x, comp_op0=nl.greater_equal, comp_op1=nl.less,
+                          bound0=low, bound1=high, on_false_value=-3.4028235e38)  # fmt: skip
+        return out
+
+    ones, at = np.ones((4, 1), F32), np.arange(6)
+    got = on(body, np.ones((4, 6), F32), ones, 4 * ones)
+    assert (got == np.where((at >= 1) & (at < 4), 1, np.finfo(F32).min)).all()
+
+
 def test_types_are_numpy_types_too(nl):
     assert np.zeros(3).astype(nl.bfloat16).dtype == ml_dtypes.bfloat16
     assert np.dtype(nl.float8_e4m3) == ml_dtypes.float8_e4m3

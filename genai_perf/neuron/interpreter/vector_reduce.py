@@ -127,7 +127,10 @@ def range_select(
             reducer(what, "reduce_op", reduce_op).name == "maximum",
             f"{what}: reduces by maximum only",
         )
-    require(on_false_value == FP32_MIN, f"{what}: on_false_value must be {FP32_MIN}")
+    require(
+        np.float32(on_false_value) == np.float32(FP32_MIN),
+        f"{what}: on_false_value must be {FP32_MIN}",
+    )
     require(
         isinstance(range_start, int) and range_start + dst.free < 2**24,
         f"{what}: range_start must be a constant below 2^24",

@@ -77,6 +77,17 @@ def _take(x: Tensor | None, rows) -> Tensor | None:
     return None if x is None else x[rows]
 
 
+def in_place(forward):
+    """A backend's `inplace` from its `forward`: the gradient is copied over the logits."""
+
+    def inplace(logits, teacher, ids, logprobs, labels, weights, *options):
+        loss, grad = forward(logits, teacher, ids, logprobs, labels, weights, True, *options)
+        logits.copy_(grad)
+        return loss
+
+    return inplace
+
+
 def run(forward, inplace, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias,
         teacher_logits, ids, logprobs, labels, weights, vocab, chunk_bytes, need_hidden,
         need_weight, need_bias, *options):  # fmt: skip

@@ -70,10 +70,7 @@ def forward(logits, teacher, ids, logprobs, labels, weights, need_grad, *options
     return torch.where(live, loss, 0.0), grad if need_grad else logits.new_empty(0)
 
 
-def inplace(logits, teacher, ids, logprobs, labels, weights, *options):
-    loss, grad = forward(logits, teacher, ids, logprobs, labels, weights, True, *options)
-    logits.copy_(grad)
-    return loss
+inplace = chunks.in_place(forward)
 
 
 def linear(*args):

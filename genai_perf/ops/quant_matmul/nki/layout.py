@@ -73,7 +73,7 @@ def words(weight: tuple, format: str, group_size: int, n: int, k: int, m: int, d
     if format == "nf4" and k % group_size:
         return None
     code, shift = format, "none"
-    table = _pairs(torch.zeros(256, 2, device=qdata.device, dtype=dtype))
+    table = torch.zeros(1, 256, device=qdata.device, dtype=torch.uint32)
     if format == "nf4":
         scale, code = _nf4_scale(weight, group_size, n, k).view(n, -1), "table4"
         book = code_book(qdata.device)
@@ -82,15 +82,13 @@ def words(weight: tuple, format: str, group_size: int, n: int, k: int, m: int, d
         shift = 8.0 if zero is None else "tensor"
     else:
         scale, code = _fp8_scale(scale, group_size, n), FP8_CODES[format]
-        values = _fp8_values(format, qdata.device).to(dtype)
-        table = _pairs(torch.stack([values, torch.zeros_like(values)], 1))
     scale = scale.float().contiguous()
     zero = scale[:1, :1] if zero is None else zero.float()
     stored = qdata.contiguous().view(n, -1).view(torch.uint16)
     return stored, scale, zero.contiguous(), table, code, per, share, shift
 
 
-# Codes above 240 are none of trn2's: "fp8" is decoded by a table there (see words_kernel).
+# Codes above 240 are none of trn2's: "fp8" goes in as two numbers there (see words_tiles).
 FP8_CODES = {"fp8": "fp8", "fp8_240": "e4m3", "fp8_e5m2": "e5m2"}
 
 

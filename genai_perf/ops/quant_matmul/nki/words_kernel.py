@@ -8,7 +8,7 @@ Pseudocode, for 1024 rows of W and a section of groups:
 
 from ...._backends.nki import nisa, nki, nl
 from .tiles import ROWS, WIDTH, load_table, pieces, turn
-from .words_tiles import BLOCK, NIBBLE, Plan, decode_words, group_sums, load_x
+from .words_tiles import BLOCK, FACTORS, Plan, decode_words, group_sums, load_x
 
 
 @nki.jit
@@ -22,8 +22,8 @@ def words_matmul(x_hbm, words_hbm, scale_hbm, zero_hbm, table_hbm, bias_hbm, cod
         scale_hbm (N, groups) fp32; zero_hbm (N, groups) fp32, read if zero is "tensor";
         bias_hbm (1, N) fp32, read if has_bias; table_hbm (1, 256) uint32.
         code: "int4" (4-bit integers, low nibble first), "e4m3" (up to 240), "e5m2", "fp8"
-            (e4m3fn: as it lies on gen4, as "table8" before), or "table8" and "table4": a byte is
-            one or two values of x's type, table_hbm has the first in its low half.
+            (e4m3fn: as it lies on gen4, as "halves" before), or "table4": a byte is two values of
+            x's type, table_hbm has the first in its low half.
         share: codes of a group: all K, or 128 per is a multiple of it, or it of 128 per.
         zero: "none", "tensor", or a number.
     Returns: y (M, N) of x's type.
@@ -36,8 +36,8 @@ def words_matmul(x_hbm, words_hbm, scale_hbm, zero_hbm, table_hbm, bias_hbm, cod
     y_hbm = nl.ndarray((rows, columns), dtype=x_hbm.dtype, buffer=nl.shared_hbm)
     table_sb = load_table(table_hbm)
     if code == "fp8":
-        code = "e4m3fn" if nisa.get_nc_version() == nisa.nc_version.gen4 else "table8"
-    factor = NIBBLE if code == "int4" else 1.0
+        code = "e4m3fn" if nisa.get_nc_version() == nisa.nc_version.gen4 else "halves"
+    factor = FACTORS.get(code, 1.0)
     for m0, count in pieces(rows, plan.rows()):
         x_sb = load_x(x_hbm, m0, count, plan)
         sums_sb = x_sb
@@ -100,10 +100,10 @@ def products(x_sb, words_hbm, plan, code, table_sb, n0, parts, each, section):
         at = i // plan.unit * inside - group
         fresh = i % plan.unit == 0
         for j in range(each):
-            for a in range(plan.per):
+            for a in range(len(codes)):
                 nisa.nc_matmul(dst=held[j // many][:, j % many, at : at + inside, :],
                                stationary=codes[a][:, j::each],
-                               moving=x_sb[0:size, a, i, :, :],
+                               moving=x_sb[0:size, a % plan.per, i, :, :],
                                accumulate=not (fresh and a == 0))  # fmt: skip
     return held
 

@@ -4,8 +4,9 @@ from ...._backends.nki import nisa, nl
 from .tiles import ROWS, WIDTH, pieces, turn
 
 BLOCK = 8  # rows of the weight that share a partition in the output: long runs for DMA
-# A 4-bit code alone in a byte is the float8_e4m3 code * 2^-9, exactly.
-NIBBLE = 2.0**-9
+# What decode_words returns, as a multiple of the value. A 4-bit code alone in a byte is the
+# float8_e4m3 code * 2^-9, exactly; of "halves" see e4m3fn_halves.
+FACTORS = {"int4": 2.0**-9, "halves": 2.0**-7}
 COLUMNS_BYTES = 64 * 1024  # of a partition, for x
 
 
@@ -110,7 +111,8 @@ def group_sums(x_sb, plan, factor):
 
 
 def decode_words(words_sb, code, table_sb, dtype):
-    """The codes 0 .. per - 1 of each word (parts, n), as what the tensor engine multiplies."""
+    """The codes 0 .. per - 1 of each word (parts, n), as what the tensor engine multiplies; then
+    perhaps the same codes again, and again, whose products are added."""
     parts, n = words_sb.shape
     if code == "int4":
         low_sb = nl.ndarray((parts, n), dtype=nl.uint16, buffer=nl.sbuf)
@@ -120,16 +122,46 @@ def decode_words(words_sb, code, table_sb, dtype):
                            op1=nl.bitwise_and, operand1=0x0F0F)  # fmt: skip
         low, high = low_sb.view(nl.float8_e4m3), high_sb.view(nl.float8_e4m3)
         return [low[:, 0::2], high[:, 0::2], low[:, 1::2], high[:, 1::2]]
-    if code in ("table8", "table4"):
+    if code == "halves":
+        return e4m3fn_halves(words_sb)
+    if code == "table4":
         index_sb = nl.ndarray((parts, 2 * n), dtype=nl.uint32, buffer=nl.sbuf)
         pairs_sb = nl.ndarray((parts, 2 * n), dtype=nl.uint32, buffer=nl.sbuf)
         nisa.tensor_copy(dst=index_sb, src=words_sb.view(nl.uint8), engine=nisa.engine.scalar)
         nisa.nc_n_gather(dst=pairs_sb, data=table_sb[0:parts, :], indices=index_sb)
         values = pairs_sb.view(dtype)
-        step = 2 if code == "table8" else 1
-        return [values[:, a::4] for a in range(0, 4, step)]
+        return [values[:, a::4] for a in range(4)]
     kinds = {"e4m3": nl.float8_e4m3, "e5m2": nl.float8_e5m2}
     if code == "e4m3fn":
         kinds = {"e4m3fn": nl.float8_e4m3fn}
     codes = words_sb.view(kinds[code])
     return [codes[:, 0::2], codes[:, 1::2]]
+
+
+def e4m3fn_halves(words_sb):
+    """float8_e4m3fn codes, which gen3 has not, as float8_e5m2 numbers whose sum is value * 2^-7.
+
+    Without its last bit a code is e5m2's of value * 2^-8, rounded down: the exponents lie alike
+    once the sign is put back. With that bit added it is the one rounded up, subnormals included.
+    Their mean is the value. The codes of NaN, and no others, carry into the bit between sign and
+    exponent: the third part is NaN for these, else 0.
+    """
+    shape = words_sb.shape
+    sign_sb = nl.ndarray(shape, dtype=nl.uint16, buffer=nl.sbuf)
+    down_sb = nl.ndarray(shape, dtype=nl.uint16, buffer=nl.sbuf)
+    last_sb = nl.ndarray(shape, dtype=nl.uint16, buffer=nl.sbuf)
+    up_sb = nl.ndarray(shape, dtype=nl.uint16, buffer=nl.sbuf)
+    nan_sb = nl.ndarray(shape, dtype=nl.uint16, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=sign_sb, data=words_sb, op0=nl.bitwise_and, operand0=0x8080)
+    nisa.tensor_scalar(dst=down_sb, data=words_sb, op0=nl.right_shift, operand0=1,
+                       op1=nl.bitwise_and, operand1=0x3F3F)  # fmt: skip
+    nisa.tensor_scalar(dst=last_sb, data=words_sb, op0=nl.bitwise_and, operand0=0x0101)
+    nisa.tensor_tensor(dst=down_sb, data1=down_sb, data2=sign_sb, op=nl.bitwise_or)
+    # Two bytes at a time: sums of 16 bits are exact, and no byte carries into the next.
+    nisa.tensor_tensor(dst=up_sb, data1=down_sb, data2=last_sb, op=nl.add,
+                       engine=nisa.engine.gpsimd)  # fmt: skip
+    nisa.tensor_scalar(dst=nan_sb, data=up_sb, op0=nl.bitwise_and, operand0=0x4040)
+    nisa.tensor_scalar(dst=nan_sb, data=nan_sb, op0=nl.multiply, operand0=127 / 64,
+                       engine=nisa.engine.scalar)  # fmt: skip
+    parts = [x.view(nl.float8_e5m2) for x in (down_sb, up_sb, nan_sb)]
+    return [x[:, a::2] for x in parts for a in range(2)]
