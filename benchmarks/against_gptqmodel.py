@@ -11,7 +11,6 @@ held-out tokens are hit: over the windows here, a standard deviation of some 0.2
 """
 
 import argparse
-import math
 import os
 import subprocess
 import sys
@@ -34,11 +33,11 @@ def quantize(src: str, ids: str, dst: str) -> None:
 
 def main() -> None:
     import torch
-    from torch.nn import functional as F
     from transformers import AutoTokenizer
 
     import genai_perf as gp
     from genai_perf import models
+    from genai_perf.bench import evaluate
     from genai_perf.bench.machine import machine
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -55,19 +54,14 @@ def main() -> None:
         return torch.tensor([t for x in texts for t in tokenizer(x, verbose=False).input_ids])
 
     held, calibration = tokens("heldout"), tokens("calibration")
-    held = held[: len(held) // 512 * 512].view(-1, 512)[: a.windows]
+    held = evaluate.windows(held, 512, limit=a.windows)
     dense = gp.load_compressed(folder, dtype=torch.float32)
 
-    @torch.no_grad()
     def loss(path) -> tuple[float, float]:
         """Perplexity, and KL of the dense model to the one in path."""
         model = gp.load_compressed(path, dtype=torch.float32)
-        nll = kl = 0.0
-        for ids in held.split(8):
-            ours, was = (m(ids).logits.float().log_softmax(-1) for m in (model, dense))
-            nll -= float(ours[:, :-1].gather(2, ids[:, 1:, None]).sum())
-            kl += float(F.kl_div(ours, was, log_target=True, reduction="sum"))
-        return math.exp(nll / held[:, 1:].numel()), kl / held.numel()
+        return (evaluate.perplexity(model, held, batch_size=8).perplexity,
+                evaluate.divergence(model, dense, held, batch_size=8))  # fmt: skip
 
     before, _ = loss(folder)
     print(machine(), f"torch {torch.__version__}; {held.numel()} held-out tokens", flush=True)

@@ -4,12 +4,14 @@
 
 Every method sees the same calibration windows (the standard library's calibration modules); the
 perplexity is of held-out modules. A difference counts where it exceeds the spread over seeds.
-"excess" is what a method adds to the perplexity of the dense model, and its ratio to that of the
-first method of the group.
+"excess" is what a method adds to the perplexity of the dense model, KL is that of the dense model
+to the method's, which depends less on which tokens are held out, each beside its ratio to that of
+the first method of the group. A seed chooses calibration windows and rotations.
 """
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -45,6 +47,8 @@ GROUPS = {
     "channel": {
         "int4-rtn by channel": Recipe((RTN("int4", group_size=-1),)),
         "hadamard, int4-rtn by channel": Recipe((Hadamard(), RTN("int4", group_size=-1))),
+        "int4-gptq by channel, published": Recipe((GPTQ(group_size=-1, search=False),)),
+        "hadamard, published": Recipe((Hadamard(), GPTQ(group_size=-1, search=False))),
         "int4-gptq by channel": Recipe((GPTQ(group_size=-1),)),
         "hadamard, int4-gptq by channel": Recipe((Hadamard(), GPTQ(group_size=-1))),
     },
@@ -69,33 +73,40 @@ def main() -> None:
     windows = evaluate.windows(ids, 512, limit=a.windows)
     calibration = [text for _, text in models.stdlib_text("calibration")][:60]
 
-    def perplexity(path, zero_points=False):
+    def load(path, zero_points=False):
         if zero_points:  # packed, which transformers does not load
-            model = gp.load_compressed(path, dtype=torch.float32)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        model.eval()
-        return evaluate.perplexity(model, windows, batch_size=4).perplexity
+            return gp.load_compressed(path, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    def loss(model) -> tuple[float, float]:
+        return (evaluate.perplexity(model, windows, batch_size=4).perplexity,
+                evaluate.divergence(model, original, windows, batch_size=4))  # fmt: skip
 
     print(machine(), f"torch {torch.__version__}; {a.seeds} seeds, {a.samples} windows", flush=True)
-    dense = perplexity(folder)
+    original = load(folder)
+    dense, _ = loss(original)
     print(f"dense {dense:.3f}", flush=True)
     for group in a.groups:
         first = None
         for name, recipe in GROUPS[group].items():
             found = []
-            for seed in range(a.seeds if recipe.needs_calibration else 1):
+            for seed in range(a.seeds if recipe.needs_calibration or recipe.folds else 1):
+                steps = (replace(step, seed=seed) if isinstance(step, Hadamard) else step
+                         for step in recipe.steps)  # fmt: skip
                 with tempfile.TemporaryDirectory() as work:
-                    gp.compress(folder, Path(work) / "out", recipe, calibration=calibration,
-                                max_seqlen=256, n_samples=a.samples, seed=seed)  # fmt: skip
+                    gp.compress(folder, Path(work) / "out", replace(recipe, steps=tuple(steps)),
+                                calibration=calibration, max_seqlen=256, n_samples=a.samples,
+                                seed=seed)  # fmt: skip
                     zero_points = not getattr(recipe.quantizer, "symmetric", True)
-                    found.append(perplexity(Path(work) / "out", zero_points))
-            spread = stdev(found) if len(found) > 1 else 0.0
-            excess = mean(found) - dense
-            first = first or excess
-            each = ", ".join(f"{value:.3f}" for value in found)
-            print(f"{name:32s}{mean(found):8.3f} +- {spread:.3f}  excess {excess:7.3f}, "
-                  f"{excess / first:.3f} of the first   ({each})", flush=True)  # fmt: skip
+                    found.append(loss(load(Path(work) / "out", zero_points)))
+            values, kls = zip(*found, strict=True)
+            spread = stdev(values) if len(values) > 1 else 0.0
+            excess, kl = mean(values) - dense, mean(kls)
+            first = first or (excess, kl)
+            each = ", ".join(f"{value:.3f}" for value in values)
+            print(f"{name:32s}{mean(values):8.3f} +- {spread:.3f}  excess {excess:7.3f}, "
+                  f"{excess / first[0]:.3f} of the first, KL {1e3 * kl:.2f}e-3, "
+                  f"{kl / first[1]:.3f}   ({each})", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

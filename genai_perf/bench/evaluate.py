@@ -73,3 +73,22 @@ def perplexity(model: Callable[[Tensor], object], token_windows: Tensor, *, batc
             on_batch(len(losses))
     tokens = len(losses) * (token_windows.shape[1] - 1)
     return Quality(sum(losses) / len(losses), tokens, tuple(losses))
+
+
+@torch.inference_mode()
+def divergence(model: Callable[[Tensor], object], original: Callable[[Tensor], object],
+               token_windows: Tensor, *, batch_size: int = 1) -> float:  # fmt: skip
+    """Mean over all tokens of KL(original || model), in nats: what `perplexity` says of a change
+    without the luck of which tokens come next, so that fewer windows tell two changes apart.
+
+    Args:
+        model, original: as in `perplexity`, with one vocabulary.
+        token_windows: (windows, window) int64.
+        batch_size: windows a call.
+    """
+    total = 0.0
+    for batch in token_windows.split(batch_size):
+        q, p = (getattr(out, "logits", out).float().log_softmax(-1)
+                for out in (model(batch), original(batch)))  # fmt: skip
+        total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+    return total / token_windows.numel()

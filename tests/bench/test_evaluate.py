@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from genai_perf.bench.evaluate import perplexity, windows
+from genai_perf.bench.evaluate import divergence, perplexity, windows
 
 
 def test_a_uniform_model_has_the_vocabulary_as_perplexity():
@@ -62,3 +62,14 @@ def test_bad_windows():
         windows(torch.arange(9), 10)
     with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
         windows(torch.arange(9), 1)
+
+
+def test_divergence_is_the_mean_kl_of_every_token():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 7, (3, 5), generator=generator)
+    tables = [torch.randn(7, 7, dtype=torch.float64, generator=generator) for _ in range(2)]
+    q, p = (lambda batch, t=table: t[batch] for table in tables)
+    chosen = (torch.distributions.Categorical(logits=one(ids)) for one in (p, q))
+    wanted = torch.distributions.kl_divergence(*chosen).mean()
+    assert divergence(q, p, ids, batch_size=2) == pytest.approx(float(wanted), rel=1e-5)
+    assert divergence(p, p, ids) == 0

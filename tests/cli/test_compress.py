@@ -1,12 +1,15 @@
 """genaiperf compress through the runner: what it writes, what it says, how it fails."""
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from genai_perf.cli import app
@@ -84,6 +87,20 @@ def bad(tmp_path, tiny_checkpoint, text_file):
     (tmp_path / "exists").mkdir()
     (tmp_path / "no-config").mkdir()
     (tmp_path / "typo.json").write_text('{"steps": [{"method": "gptq", "bitz": 4}]}')
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    damaged = {"shape": dict(tensors), "vocabulary": dict(tensors)}
+    name = "model.layers.1.mlp.up_proj.weight"
+    damaged["shape"][name] = tensors[name][:-8].contiguous()
+    name = "model.embed_tokens.weight"
+    damaged["vocabulary"][name] = tensors[name][:1000].contiguous()
+    for folder, held in (*damaged.items(), ("cut", tensors)):
+        shutil.copytree(tiny_checkpoint, tmp_path / folder)
+        save_file(held, tmp_path / folder / "model.safetensors", metadata={"format": "pt"})
+    with open(tmp_path / "cut" / "model.safetensors", "r+b") as file:
+        file.truncate(file.seek(0, 2) // 2)
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    (tmp_path / "vocabulary" / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+    (tmp_path / "short.txt").write_text("import os")
     new = tmp_path / "new"
     return [
         ((tiny_checkpoint, new, "--recipe", "int4-gtpq"), ["int4-gtpq", "int4-gptq"]),
@@ -102,10 +119,17 @@ def bad(tmp_path, tiny_checkpoint, text_file):
           "--samples", 0), ["n_samples", "0"]),
         ((tiny_checkpoint, new, "--recipe", "int8-rtn", "--pack-sparse"),
          ["--pack-sparse", "int8-rtn prunes nothing"]),
+        ((tmp_path / "cut", new, "--recipe", "int4-rtn"), ["model.safetensors", "truncated"]),
+        ((tmp_path / "shape", new, "--recipe", "int4-rtn"), ["layers.1.mlp.up_proj", "[88, 64]"]),
+        ((tmp_path / "vocabulary", new, "--recipe", "int4-gptq", "--calibration", text_file),
+         ["tokenizer", "vocabulary has 1000"]),
+        ((tiny_checkpoint, new, "--recipe", "int4-gptq", "--calibration", tmp_path / "short.txt"),
+         ["fewer than one window"]),
+        ((tiny_checkpoint, tmp_path / "short.txt" / "new", "--recipe", "int4-rtn"), ["short.txt"]),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", range(11))
+@pytest.mark.parametrize("case", range(16))
 def test_bad_input_is_one_sentence_and_leaves_nothing(case, tiny_checkpoint, text_file, tmp_path):
     words, expected = bad(tmp_path, tiny_checkpoint, text_file)[case]
     before = sorted(p.name for p in tmp_path.rglob("*"))
@@ -115,3 +139,43 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(case, tiny_checkpoint, tex
     assert all(word in sentence for word in expected), sentence
     assert "Traceback" not in err and out == ""
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def overflowing(tiny_checkpoint, tmp_path):
+    """The checkpoint in fp32, whose second block gives infinity."""
+    src = tmp_path / "overflows"
+    shutil.copytree(tiny_checkpoint, src)
+    tensors = {name: t.float() for name, t in load_file(src / "model.safetensors").items()}
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        tensors[f"model.layers.1.mlp.{part}.weight"] *= 1e16
+    save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((src / "config.json").read_text())
+    (src / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    return src
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["activations", "disk"])
+def test_finished_blocks_are_kept(what, tiny_checkpoint, text_file, tmp_path, monkeypatch):
+    from genai_perf.io import resume
+
+    src = overflowing(tiny_checkpoint, tmp_path) if what == "activations" else tiny_checkpoint
+    words = (src, tmp_path / "out", "--recipe", "int4-gptq", "--calibration", text_file,
+             "--samples", 4, "--max-seqlen", 32)  # fmt: skip
+    if what == "disk":
+        write, count = resume.ResumableWriter.write, iter(range(9))
+        monkeypatch.setattr(resume.ResumableWriter, "write", lambda *args, **kwargs: (
+            write(*args, **kwargs) if next(count) < 1 else no_space()))  # fmt: skip
+    code, out, err = run(*words)
+    assert code == 2 and out == ""
+    sentence = next(line for line in err.splitlines() if line.startswith("error: "))
+    assert ("layers.1" in sentence) if what == "activations" else ("No space left" in sentence)
+    assert not (tmp_path / "out").exists()
+    partial = tmp_path / ".out.partial"
+    assert any(file.stat().st_size > 10_000 for file in partial.rglob("*"))
+    if what == "disk":  # the same command goes on from there
+        monkeypatch.undo()
+        assert run(*words)[0] == 0

@@ -53,6 +53,23 @@ def test_pruned_checkpoints_load_with_their_zeros(saved, tmp_path, family):
     assert torch.isfinite(model(IDS).logits).all()
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt",
+                                    "gpt-neox", "bert"])  # fmt: skip
+def test_quantized_checkpoints_of_every_family_load(saved, tmp_path, family):
+    """transformers, through compressed-tensors, computes what our own loader does."""
+    import transformers
+
+    dst = tmp_path / "out"
+    report = gp.compress(saved(family), dst, Recipe((GPTQ(group_size=32),)), calibration=IDS)
+    kind = "AutoModelForMaskedLM" if family == "bert" else "AutoModelForCausalLM"
+    theirs, ours = getattr(transformers, kind).from_pretrained(dst).eval(), gp.load_compressed(dst)
+    quantized = [m for m in ours.modules() if isinstance(m, gp.nn.QuantLinear)]
+    assert len(quantized) == len(report.layers) >= 3 * 4
+    with torch.no_grad():
+        found, wanted = ours(IDS).logits, theirs(IDS).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
 RECIPES = {
     "int8": Recipe.named("int8-rtn"),
     "fp8": Recipe.named("fp8-rtn"),
