@@ -2,5 +2,6 @@
 
 
 def pytest_addoption(parser):
-    what = "flash-attn's shapes: their whole product, not a sample (hours)"
-    parser.addoption("--flash-sweep", action="store_true", help=what)
+    what = "flash-attn's shapes: N random cases of their product, by seed; without N all (hours)"
+    parser.addoption("--flash-sweep", nargs="?", const=0, type=int, metavar="N", help=what)
+    parser.addoption("--flash-seed", default=0, type=int, metavar="SEED")

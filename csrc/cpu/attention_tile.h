@@ -17,7 +17,11 @@ constexpr int MR = 6, NV = 2;
 constexpr int MR = 4, NV = 4;
 #endif
 constexpr int NR = NV * VL;
-constexpr int64_t CHUNK = 128;
+// Sums of sums of so many products lose less to rounding than one long chain. The products over the
+// head dimension, of float32, take fewer: lse and the gradients of a few queries have their error, and
+// a matrix product of few rows, whose lanes each sum a part, has a small one.
+constexpr int64_t CHUNK = 128, CHUNK_OF_DIM = 32;
+static inline int64_t score_chunk(DType type) { return type == DType::f32 ? CHUNK_OF_DIM : CHUNK; }
 // Rows of a packed tile are this many floats longer than the data: 64 bytes, which keeps a column
 // of cache lines from falling into one set of the L1 cache when the row is a power of two long.
 constexpr int64_t ROW_PAD = 16;
@@ -58,11 +62,10 @@ static inline void micro(int64_t depth, const float* a, int64_t lda, const float
 // At most MR rows and exactly N vectors of columns.
 template <int N, bool TRANSPOSED>
 static inline void strip(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
-                         int64_t ldb, float* c, int64_t ldc, bool add) {
-  // Sums of sums of CHUNK lose less to rounding than one long chain.
-  for (; depth > CHUNK; depth -= CHUNK, b += CHUNK * ldb, add = true) {
-    strip<N, TRANSPOSED>(rows, CHUNK, a, lda, b, ldb, c, ldc, add);
-    a += CHUNK * (TRANSPOSED ? lda : 1);
+                         int64_t ldb, float* c, int64_t ldc, bool add, int64_t chunk) {
+  for (; depth > chunk; depth -= chunk, b += chunk * ldb, add = true) {
+    strip<N, TRANSPOSED>(rows, chunk, a, lda, b, ldb, c, ldc, add, chunk);
+    a += chunk * (TRANSPOSED ? lda : 1);
   }
   if (rows == MR) return micro<MR, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
   const int64_t step = TRANSPOSED ? 1 : lda;
@@ -83,7 +86,8 @@ struct Bounds {
 // C[rows x cols] = A[rows x depth] B, with B in panels of NR columns (then of VL); where a panel lies
 // outside a strip's bounds it is left out.
 static void product_scores(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t lda,
-                           const float* b, float* c, int64_t ldc, const Bounds& bounds) {
+                           const float* b, float* c, int64_t ldc, const Bounds& bounds,
+                           int64_t chunk) {
   for (int64_t n = 0; n < cols;) {
     const bool wide = cols - n >= NR;
     const int64_t width = wide ? NR : VL;
@@ -91,8 +95,10 @@ static void product_scores(int64_t rows, int64_t cols, int64_t depth, const floa
     for (int64_t m = 0, s = 0; m < rows; m += MR, ++s) {
       if (n >= bounds.hi[s] || n + width <= bounds.lo[s]) continue;
       const int64_t r = min64(MR, rows - m);
-      if (wide) strip<NV, false>(r, depth, a + m * lda, lda, panel, NR, c + m * ldc + n, ldc, false);
-      else strip<1, false>(r, depth, a + m * lda, lda, panel, VL, c + m * ldc + n, ldc, false);
+      const float* x = a + m * lda;
+      float* to = c + m * ldc + n;
+      if (wide) strip<NV, false>(r, depth, x, lda, panel, NR, to, ldc, false, chunk);
+      else strip<1, false>(r, depth, x, lda, panel, VL, to, ldc, false, chunk);
     }
     n += width;
   }
@@ -111,8 +117,8 @@ static void product_sum(int64_t rows, int64_t cols, const float* a, int64_t lda,
       const int64_t r = min64(MR, rows - m);
       const float* x = TRANSPOSED ? a + k * lda + m : a + m * lda + k;
       const float* y = b + k * ldb + n;
-      if (wide) strip<NV, TRANSPOSED>(r, depth, x, lda, y, ldb, c + m * ldc + n, ldc, add);
-      else strip<1, TRANSPOSED>(r, depth, x, lda, y, ldb, c + m * ldc + n, ldc, add);
+      if (wide) strip<NV, TRANSPOSED>(r, depth, x, lda, y, ldb, c + m * ldc + n, ldc, add, CHUNK);
+      else strip<1, TRANSPOSED>(r, depth, x, lda, y, ldb, c + m * ldc + n, ldc, add, CHUNK);
     }
     n += wide ? NR : VL;
   }

@@ -70,12 +70,24 @@ def sample() -> list[Case]:
     return [case for case in cases if case.possible()][:SAMPLE]
 
 
+def sweep(n: int, seed: int) -> list[Case]:
+    """`n` different cases of the whole product, in chance order, or (n = 0) all of it."""
+    axes = {**AXES, "seqlens": AXES["seqlens"] + LARGE}.values()
+    if n == 0:
+        return [c for row in itertools.product(*axes) if (c := Case(*row)).possible()]
+    chance, cases = random.Random(seed), {}
+    while len(cases) < n:
+        case = Case(*map(chance.choice, axes))
+        if case.possible():
+            cases[case] = None
+    return list(cases)
+
+
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        cases = sample()
-        if metafunc.config.getoption("--flash-sweep"):
-            axes = {**AXES, "seqlens": AXES["seqlens"] + LARGE}
-            cases = [c for row in itertools.product(*axes.values()) if (c := Case(*row)).possible()]
+        option = metafunc.config.getoption
+        n = option("--flash-sweep")
+        cases = sample() if n is None else sweep(n, option("--flash-seed"))
         metafunc.parametrize("case", cases, ids=str)
 
 
