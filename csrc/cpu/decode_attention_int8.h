@@ -12,9 +12,8 @@ namespace GP_ISA {
 
 constexpr float INT16_TOP = 32767.0f;
 
-// Pairs of keys of a tile of values with RT rows.
-template <int RT>
-constexpr int PAIRS = RT == 1 ? TILE / 2 : TILE / RT;
+// Pairs of keys whose values are added at once, before their sum becomes a float.
+constexpr int PAIRS = VL == 16 ? 8 : 12;
 
 #if defined(__AVX2__)
 
@@ -36,11 +35,15 @@ static inline vi i_pair(vi low, vi high) {
 static inline vi i_widen(const void* p) {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
-// VL columns of two rows, (a0, b0, a1, b1 ...).
-static inline vi i_columns(const char* a, const char* b) {
-  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
-  const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
-  return _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y)));
+// STEP columns of two rows, (a0, b0, a1, b1 ...).
+static inline void i_columns(const char* a, const char* b, vi& low, vi& high) {
+  vi* to[2] = {&low, &high};
+  for (int i = 0; i < 2; ++i) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a) + i);
+    const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b) + i);
+    *to[i] =
+        _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y)));
+  }
 }
 #else
 using vi = __m256i;
@@ -59,10 +62,11 @@ static inline vi i_pair(vi low, vi high) {
 static inline vi i_widen(const void* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 }
-static inline vi i_columns(const char* a, const char* b) {
-  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a));
-  const __m128i y = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b));
-  return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x, y));
+static inline void i_columns(const char* a, const char* b, vi& low, vi& high) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+  const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+  low = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x, y));
+  high = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(x, y));
 }
 #endif
 
@@ -131,36 +135,35 @@ static inline void quantize_weights(float* p, int64_t padded, int64_t ld, const 
   }
 }
 
-// value_tile for int8 values and the weights of quantize_weights: PAIRS pairs of keys.
+// value_tile for int8 values and the weights of quantize_weights: PAIRS pairs of keys. Their sum, below
+// 2 PAIRS 127 INT16_TOP, fits into 32 bits.
 template <int RT>
 static inline void value_tile_int8(const char* const* values, int64_t at, const float* p, int64_t ldp,
                                    const float* unit, float* sums, int64_t ld, int64_t dim) {
-  constexpr int P = PAIRS<RT>;
-  vi weight[P * RT];
+  alignas(64) int32_t weight[PAIRS * RT];
 #pragma GCC unroll 16
-  for (int i = 0; i < P * RT; ++i) {
-    int32_t pair;
-    std::memcpy(&pair, p + i / RT * 2 * ldp + i % RT, 4);
-    weight[i] = i_set(pair);
-  }
-  const char* row[2 * P];
-#pragma GCC unroll 32
-  for (int k = 0; k < 2 * P; ++k) row[k] = values[k] + at;
-  for (int64_t c = 0; c < dim; c += VL) {
-    vi acc[RT];
-#pragma GCC unroll 16
-    for (int k = 0; k < P; ++k) {
-      const vi x = i_columns(row[2 * k] + c, row[2 * k + 1] + c);
+  for (int k = 0; k < PAIRS; ++k) std::memcpy(weight + k * RT, p + 2 * k * ldp, RT * 4);
+  for (int64_t c = 0; c < dim; c += STEP) {
+    const int32_t* w = weight;
+    GP_IN_MEMORY(w);
+    vi acc[2 * RT];
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * RT; ++i) acc[i] = i_zero();
+#pragma GCC unroll 2
+    for (int k = 0; k < PAIRS; ++k) {
+      vi x0, x1;
+      i_columns(values[2 * k] + at + c, values[2 * k + 1] + at + c, x0, x1);
 #pragma GCC unroll 4
       for (int r = 0; r < RT; ++r) {
-        const vi y = i_dot(weight[k * RT + r], x);
-        acc[r] = k == 0 ? y : i_add(acc[r], y);
+        const vi y = i_set(w[k * RT + r]);
+        acc[2 * r] = i_add(acc[2 * r], i_dot(y, x0));
+        acc[2 * r + 1] = i_add(acc[2 * r + 1], i_dot(y, x1));
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < RT; ++r) {
-      float* to = sums + r * ld + c;
-      v_store(to, v_fma(i_float(acc[r]), v_set(unit[r]), v_load(to)));
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * RT; ++i) {
+      float* to = sums + i / 2 * ld + c + i % 2 * VL;
+      v_store(to, v_fma(i_float(acc[i]), v_set(unit[i / 2]), v_load(to)));
     }
   }
 }

@@ -50,7 +50,7 @@ struct Item {
         rows(min64(MAX_ROWS, plan.rows - first_row)), lanes_of_head(plan.lanes_of_head()),
         span(plan.a, batch) {
     const int64_t of_key = heads * max64(a.dim, a.dim_v) * bytes;
-    ahead = min64(max64(AHEAD_BYTES / of_key, TILE), MAX_AHEAD);
+    ahead = min64(max64(AHEAD_BYTES / of_key, UNIT), MAX_AHEAD);
     for (int64_t l = 0; l < heads * lanes_of_head; ++l) {
       const int64_t row = row0 + min64(l % lanes_of_head, rows - 1);
       const int64_t head = (head0 + l / lanes_of_head) * p.group + row % p.group;
@@ -76,13 +76,14 @@ struct Item {
       const int64_t from = b * a.q.batch + i * a.q.seq + ((head0 + h) * p.group + g) * a.q.head;
       load_row(line, offset(static_cast<const void*>(a.q.data), from, a.dtype), a.dim, a.dtype);
       for (int64_t d = 0; d < a.dim; ++d) line[d] *= factor;
+      for (int64_t d = a.dim; d < p.ldq; ++d) line[d] = 0.0f;
 #if defined(__AVX2__)
       if (INTEGER) {
         w.scale[l] = quantize_query(line, a.dim, reinterpret_cast<int16_t*>(q));
         continue;
       }
 #endif
-      for (int64_t d = 0; d < a.dim; ++d) q[Element<K>::lane(d)] = line[d];
+      to_lanes<K>(q, line, p.ldq);
     }
   }
 
@@ -171,7 +172,7 @@ struct Item {
 #endif
     each_tile(
         n, values, v_at, v_head, V_FITS ? a.dim_v * bytes : 0,
-        [](auto rt) { return INTEGER ? 2 * PAIRS<rt.value> : TILE / rt.value; },
+        [](auto) { return INTEGER ? 2 * PAIRS : VALUE_KEYS; },
         [&](auto rt, int64_t k, int64_t at, int64_t l) {
           add_values<rt.value>(values + k, at, l, w.scores + k * p.ld);
         });
@@ -223,8 +224,9 @@ struct Item {
         a.cache.v_scale ? a.cache.v_scale[b * a.cache.scale_batch + head_k] : 1.0f;
     constexpr float unit = INTEGER ? 1.0f : Element<V>::unit;
     const float factor = sum == 0.0f ? 0.0f : v_scale * unit / sum;
+    for (int64_t c = 0; c < p.ldv; ++c) line[c] *= factor;
     float* natural = line + p.ldv;
-    for (int64_t c = 0; c < a.dim_v; ++c) natural[c] = line[Element<V>::lane(c)] * factor;
+    from_lanes<V>(natural, line, p.ldv);
     store_row(offset(a.out.data, b * a.out.batch + i * a.out.seq + h * a.out.head, a.dtype), natural,
               a.dim_v, a.dtype);
     a.lse[(b * a.heads + h) * a.seqlen_q + i] =

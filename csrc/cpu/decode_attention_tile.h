@@ -1,7 +1,7 @@
 // Rows of a cache of any element type against rows of floats: the two products of decode attention.
 //
 // STEP elements of a cache row become two vectors, in an order of lanes that suits their type: `lane`
-// says where an element goes. Queries are put into that order before, outputs taken out of it after.
+// says where each of them goes. Queries are put into that order before, outputs taken out of it after.
 #pragma once
 
 #include "common/simd.h"
@@ -13,16 +13,27 @@
 #else
 #define GP_IN_REGISTER(x) (void)0
 #endif
+// What `pointer` leads to is read where it is used: as many values as registers do not hold.
+#define GP_IN_MEMORY(pointer) asm("" : "+r"(pointer))
 
 namespace gp {
 namespace GP_ISA {
 
+// acc += a * b, in the register of acc: left to itself GCC copies sums about, and spills some.
+static inline void add_product(vf& acc, vf a, vf b) {
+#if defined(__AVX2__)
+  asm("vfmadd231ps %1, %2, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+#else
+  acc = v_fma(a, b, acc);
+#endif
+}
+
 constexpr int STEP = 2 * VL;
 // Vectors that a tile keeps in registers: sums of rows times keys, or weights of rows times keys.
 constexpr int TILE = VL == 16 ? 16 : 8;
-// Keys of a tile of RT rows. Floats need no conversion, which leaves registers for a third key.
+// Keys of a tile of RT rows. Where an element takes one instruction, there are registers for a third.
 template <DType T, int RT>
-constexpr int KEYS = T == DType::f32 && VL == 8 && RT == 4 ? 3 : TILE / RT;
+constexpr int KEYS = (T == DType::f32 || T == DType::bf16 || T == DType::f16) && VL == 8 && RT == 4 ? 3 : TILE / RT;
 
 static inline float e4m3_to_float(uint8_t b) {
   const uint32_t magnitude = b & 0x7fu, sign = uint32_t(b & 0x80u) << 24;
@@ -31,21 +42,31 @@ static inline float e4m3_to_float(uint8_t b) {
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 20) * 0x1p120f));
 }
 
-// half<H>(p): the first (H = 0) or second vector of the STEP elements at p, divided by `unit`.
+// half<H>(p): the first (H = 0) or second vector of the STEP elements at p, divided by `unit`; both(p)
+// gives the two of them.
 template <DType T>
 struct Element;
 
+template <DType T>
 struct NaturalOrder {
   static constexpr float unit = 1.0f;
-  static int64_t lane(int64_t i) { return i; }
+  static constexpr int lane(int i) { return i; }
+  static inline void both(const char* p, vf& x0, vf& x1) {
+    x0 = Element<T>::template half<0>(p), x1 = Element<T>::template half<1>(p);
+  }
 };
 
 template <>
-struct Element<DType::f32> : NaturalOrder {
+struct Element<DType::f32> : NaturalOrder<DType::f32> {
   static constexpr int bytes = 4;
   template <int H>
   static inline vf half(const char* p) { return v_load(reinterpret_cast<const float*>(p) + H * VL); }
 };
+
+#if defined(__AVX2__)
+alignas(32) constexpr uint32_t ODD_BF16[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                              0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+#endif
 
 template <>
 struct Element<DType::bf16> {
@@ -59,18 +80,31 @@ struct Element<DType::bf16> {
     return {_mm512_castsi512_ps(H ? _mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000u)))
                                   : _mm512_slli_epi32(w, 16))};
 #elif defined(__AVX2__)
-    const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return {_mm256_castsi256_ps(H ? _mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000u)))
-                                  : _mm256_slli_epi32(w, 16))};
+    __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if (H == 0) return {_mm256_castsi256_ps(_mm256_slli_epi32(w, 16))};
+    // The mask from memory: GCC would keep it in the register that a tile needs, and spill a sum.
+    asm("vpand %1, %0, %0" : "+x"(w) : "m"(ODD_BF16));
+    return {_mm256_castsi256_ps(w)};
 #else
     return v_load_bf16(reinterpret_cast<const uint16_t*>(p) + H);
 #endif
   }
-  static int64_t lane(int64_t i) { return i / STEP * STEP + i % 2 * VL + i % STEP / 2; }
+  static inline void both(const char* p, vf& x0, vf& x1) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    vf w = v_load(reinterpret_cast<const float*>(p));
+    GP_IN_REGISTER(w);
+    const __m256i bits = _mm256_castps_si256(w.v);
+    x0 = {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+    x1 = {_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(int(0xffff0000u))))};
+#else
+    x0 = half<0>(p), x1 = half<1>(p);
+#endif
+  }
+  static constexpr int lane(int i) { return i % 2 * VL + i / 2; }
 };
 
 template <>
-struct Element<DType::f16> : NaturalOrder {
+struct Element<DType::f16> : NaturalOrder<DType::f16> {
   static constexpr int bytes = 2;
   template <int H>
   static inline vf half(const char* p) {
@@ -79,7 +113,7 @@ struct Element<DType::f16> : NaturalOrder {
 };
 
 template <>
-struct Element<DType::i8> : NaturalOrder {
+struct Element<DType::i8> : NaturalOrder<DType::i8> {
   static constexpr int bytes = 1;
   template <int H>
   static inline vf half(const char* p) {
@@ -96,33 +130,74 @@ struct Element<DType::i8> : NaturalOrder {
 };
 
 template <>
-struct Element<DType::f8e4m3fn> {
+struct Element<DType::f8e4m3fn> : NaturalOrder<DType::f8e4m3fn> {
   static constexpr int bytes = 1;
-  // Read as fp16, whose exponent is one bit longer and whose bias is 15, not 7; subnormals too.
+  // Read as fp16, whose exponent is one bit longer and whose bias is 15, not 7; subnormals too. The
+  // codes of NaN, 0x7f and 0xff, come out as +-480 / 256: what reads them sets them to NaN.
   static constexpr float unit = VL > 1 ? 256.0f : 1.0f;
-  static int64_t lane(int64_t i) { return i; }
-  // 0x7f, which is NaN, gets all exponent bits.
-  template <int H>
-  static inline vf half(const char* p) {
 #if defined(__AVX512F__)
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + H);
+  static inline void both(const char* p, vf& x0, vf& x1) {
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m512i h = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(b), 7),
+                                       _mm512_set1_epi16(int16_t(0xbf80)));
+    x0 = {_mm512_cvtph_ps(_mm512_castsi512_si256(h))};
+    x1 = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1))};
+  }
+#elif defined(__AVX2__)
+  static inline void both(const char* p, vf& x0, vf& x1) {
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m256i h = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(b), 7),
                                        _mm256_set1_epi16(int16_t(0xbf80)));
-    const __mmask16 nan = _mm256_cmpeq_epi16_mask(
-        _mm256_and_si256(h, _mm256_set1_epi16(0x3f80)), _mm256_set1_epi16(0x3f80));
-    return {_mm512_cvtph_ps(_mm256_mask_blend_epi16(nan, h, _mm256_set1_epi16(0x7e00)))};
-#elif defined(__AVX2__)
-    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + H * VL));
-    const __m128i h = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(b), 7),
-                                    _mm_set1_epi16(int16_t(0xbf80)));
-    const __m128i all = _mm_set1_epi16(0x3f80);
-    const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(h, all), all);
-    return {_mm256_cvtph_ps(_mm_or_si128(h, _mm_and_si128(nan, _mm_set1_epi16(0x7e00))))};
+    x0 = {_mm256_cvtph_ps(_mm256_castsi256_si128(h))};
+    x1 = {_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+  }
+#endif
+  template <int H>
+  static inline vf half(const char* p) {
+#if defined(__AVX2__)
+    vf x[2];
+    both(p, x[0], x[1]);
+    return x[H];
 #else
     return {e4m3_to_float(uint8_t(p[H]))};
 #endif
   }
 };
+
+// Whether there is a NaN among n codes of f8e4m3fn, a multiple of 16.
+static inline bool has_nan_code(const char* p, int64_t n) {
+#if defined(__AVX2__)
+  // The largest of the codes doubled, which drops the sign.
+  const auto most = [](__m256i top, __m256i b) {
+    return _mm256_max_epu8(top, _mm256_add_epi8(b, b));
+  };
+  __m256i top = _mm256_setzero_si256();
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    top = most(top, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)));
+  if (i < n)
+    top = most(top, _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(top, _mm256_set1_epi8(int8_t(0xfe)))) != 0;
+#else
+  for (int64_t i = 0; i < n; ++i)
+    if ((p[i] & 0x7f) == 0x7f) return true;
+  return false;
+#endif
+}
+
+// n floats, a multiple of STEP, into the order of the lanes of T, and back.
+template <DType T>
+static inline void to_lanes(float* out, const float* x, int64_t n) {
+  for (int64_t d = 0; d < n; d += STEP)
+#pragma GCC unroll 32
+    for (int i = 0; i < STEP; ++i) out[d + Element<T>::lane(i)] = x[d + i];
+}
+template <DType T>
+static inline void from_lanes(float* out, const float* x, int64_t n) {
+  for (int64_t d = 0; d < n; d += STEP)
+#pragma GCC unroll 32
+    for (int i = 0; i < STEP; ++i) out[d + i] = x[d + Element<T>::lane(i)];
+}
 
 // Any `n` elements to floats in their natural order, for rows that STEP does not divide.
 template <DType T>
@@ -174,18 +249,27 @@ static inline void store_scores(const vf* acc, float* out, int64_t ld) {
   }
 }
 
-template <DType T, int RT, int KT, int H>
-static inline void score_half(const char* const* keys, int64_t at, const float* q, int64_t ldq,
+// acc += products of the STEP elements at `at` of KT keys and of RT rows of q.
+template <DType T, int RT, int KT>
+static inline void score_step(const char* const* keys, int64_t at, const float* q, int64_t ldq,
                               vf* acc) {
-  vf x[KT];
+  vf x[2][KT];
+  // Both halves of every key at once where a key's come together, else one after the other.
+  constexpr bool TOGETHER = T == DType::f8e4m3fn;
 #pragma GCC unroll 16
-  for (int k = 0; k < KT; ++k) x[k] = Element<T>::template half<H>(keys[k] + at);
+  for (int k = 0; TOGETHER && k < KT; ++k) Element<T>::both(keys[k] + at, x[0][k], x[1][k]);
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+#pragma GCC unroll 16
+    for (int k = 0; !TOGETHER && k < KT; ++k)
+      x[h][k] = h ? Element<T>::template half<1>(keys[k] + at)
+                  : Element<T>::template half<0>(keys[k] + at);
 #pragma GCC unroll 4
-  for (int r = 0; r < RT; ++r) {
-    vf y = v_load(q + r * ldq + H * VL);
-    GP_IN_REGISTER(y);
+    for (int r = 0; r < RT; ++r) {
+      const vf y = v_load(q + r * ldq + h * VL);
 #pragma GCC unroll 16
-    for (int k = 0; k < KT; ++k) acc[r * KT + k] = v_fma(x[k], y, acc[r * KT + k]);
+      for (int k = 0; k < KT; ++k) add_product(acc[r * KT + k], x[h][k], y);
+    }
   }
 }
 
@@ -195,10 +279,8 @@ static inline void score_run(const char* const* keys, int64_t at, const float* q
   vf acc[RT * KT];
 #pragma GCC unroll 16
   for (int i = 0; i < RT * KT; ++i) acc[i] = v_zero();
-  for (int64_t d = 0; d < dim; d += STEP) {
-    score_half<T, RT, KT, 0>(keys, at + d * Element<T>::bytes, q + d, ldq, acc);
-    score_half<T, RT, KT, 1>(keys, at + d * Element<T>::bytes, q + d, ldq, acc);
-  }
+  for (int64_t d = 0; d < dim; d += STEP)
+    score_step<T, RT, KT>(keys, at + d * Element<T>::bytes, q + d, ldq, acc);
   store_scores<RT, KT>(acc, out, ld);
 }
 
@@ -207,7 +289,13 @@ template <DType T, int RT>
 static inline void score_tile(const char* const* keys, int64_t at, const float* q, int64_t ldq,
                               int64_t dim, float* out, int64_t ld) {
   constexpr int KT = KEYS<T, RT>;
-  if (VL > 1) return score_run<T, RT, KT>(keys, at, q, ldq, dim, out, ld);
+  if (VL > 1) {
+    score_run<T, RT, KT>(keys, at, q, ldq, dim, out, ld);
+    for (int k = 0; T == DType::f8e4m3fn && k < KT; ++k)
+      for (int r = 0; has_nan_code(keys[k] + at, dim) && r < RT; ++r)
+        out[k * ld + r] = __builtin_nanf("");
+    return;
+  }
   // Lanes break up long sums; scalar code needs sums of sums to lose as little to rounding.
   constexpr int64_t RUN = 32;
   float more[RT * KT];
@@ -221,37 +309,48 @@ static inline void score_tile(const char* const* keys, int64_t at, const float* 
   }
 }
 
-// sums[r * ld + c] += p[k * ldp + r] * value k [c] for TILE / RT keys and RT rows; dim is a multiple
-// of STEP.
+// Keys whose values are added at once: their rows, a power of two apart, stay in the L1 cache.
+constexpr int VALUE_KEYS = 8;
+
+// sums[r * ld + c] += p[k * ldp + r] * value k [c] for VALUE_KEYS keys and RT rows; dim is a multiple
+// of STEP. Sums stay in registers over the keys, weights are broadcast from memory: a load each, where
+// a sum read and written back for every two keys cost as many cycles as the multiply-adds.
 template <DType T, int RT>
 static inline void value_tile(const char* const* values, int64_t at, const float* p, int64_t ldp,
                               float* sums, int64_t ld, int64_t dim) {
-  constexpr int KT = TILE / RT;
-  vf weight[TILE];
+  alignas(64) float weight[VALUE_KEYS * RT];
+  const char* row[VALUE_KEYS];
 #pragma GCC unroll 16
-  for (int i = 0; i < TILE; ++i) {
-    weight[i] = v_set(p[i / RT * ldp + i % RT]);
-    GP_IN_REGISTER(weight[i]);
+  for (int k = 0; k < VALUE_KEYS; ++k) {
+    row[k] = values[k] + at;
+#pragma GCC unroll 4
+    for (int r = 0; r < RT; ++r) weight[k * RT + r] = p[k * ldp + r];
   }
-  const char* row[KT];
+  for (int64_t c = 0; c < dim; c += STEP) {
+    const float* w = weight;
+    GP_IN_MEMORY(w);
+    vf acc[2 * RT];
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * RT; ++i) acc[i] = v_load(sums + i / 2 * ld + c + i % 2 * VL);
 #pragma GCC unroll 16
-  for (int k = 0; k < KT; ++k) row[k] = values[k] + at;
-  for (int64_t c = 0; c < dim; c += STEP)
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      vf acc[RT];
+    for (int k = 0; k < VALUE_KEYS; ++k) {
+      const char* step = row[k] + c * Element<T>::bytes;
+      vf x0, x1;
+      Element<T>::both(step, x0, x1);
 #pragma GCC unroll 4
-      for (int r = 0; r < RT; ++r) acc[r] = v_load(sums + r * ld + c + h * VL);
-#pragma GCC unroll 16
-      for (int k = 0; k < KT; ++k) {
-        const char* step = row[k] + c * Element<T>::bytes;
-        const vf x = h ? Element<T>::template half<1>(step) : Element<T>::template half<0>(step);
-#pragma GCC unroll 4
-        for (int r = 0; r < RT; ++r) acc[r] = v_fma(weight[k * RT + r], x, acc[r]);
+      for (int r = 0; r < RT; ++r) {
+        const vf y = v_set(w[k * RT + r]);
+        add_product(acc[2 * r], y, x0);
+        add_product(acc[2 * r + 1], y, x1);
       }
-#pragma GCC unroll 4
-      for (int r = 0; r < RT; ++r) v_store(sums + r * ld + c + h * VL, acc[r]);
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * RT; ++i) v_store(sums + i / 2 * ld + c + i % 2 * VL, acc[i]);
+  }
+  for (int k = 0; T == DType::f8e4m3fn && VL > 1 && k < VALUE_KEYS; ++k)
+    for (int64_t c = 0; has_nan_code(row[k], dim) && c < dim; ++c)
+      for (int r = 0; (row[k][c] & 0x7f) == 0x7f && r < RT; ++r)
+        sums[r * ld + c] = __builtin_nanf("");
 }
 
 }  // namespace GP_ISA

@@ -137,11 +137,16 @@ def test_nan_arrives(isa):
         assert out[0, 0, 0].isnan().any() and not out[1].isnan().any(), where
 
 
-def test_nan_of_a_float8_cache_arrives(isa):
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_nan_of_a_float8_cache_arrives(isa, code):
     inputs = make_inputs(dataclasses.replace(BY_NAME["fp8"], page_size=None, seqlen_new=None))
-    inputs["v_cache"].view(torch.uint8)[0, 7, 0, 5] = 0x7F
+    inputs["v_cache"].view(torch.uint8)[0, 7, 0, 5] = code
     out, *_ = run(inputs)
     assert out[0, 0, :2, 5].isnan().all() and out.isnan().sum() == 2
+    inputs["k_cache"].view(torch.uint8)[0, 3, 1, 60] = code
+    out, lse, *_ = run(inputs)
+    assert out[0, 0, 2:4].isnan().all() and lse[0, 2:4].isnan().all()
+    assert out.isnan().sum() == 2 + 2 * out.shape[-1] and lse.isnan().sum() == 2
 
 
 # --- flash-attn ----------------------------------------------------------------------------------
