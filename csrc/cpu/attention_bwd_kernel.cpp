@@ -224,9 +224,9 @@ void run_pair(const Backward& w, const Work& t, const Sequence& seq, const Visib
     pack_rows(t.dout, t.stride_v, round_up(s.dim_v, VL), at(w.a.dout, pair.b, row, pair.h, s.dtype),
               w.a.dout.seq, pair.rows, s.dim_v, s.dtype, 1.0f);
     product_scores(pair.rows, padded, s.dim, t.queries, t.stride_k, t.keys_t, t.scores,
-                   t.score_stride, by_query, score_chunk(s.dtype));
+                   t.score_stride, by_query, dim_chunk(s.dtype, s.dim));
     product_scores(pair.rows, padded, s.dim_v, t.dout, t.stride_v, t.values_t, t.dscores,
-                   t.score_stride, by_query, score_chunk(s.dtype));
+                   t.score_stride, by_query, dim_chunk(s.dtype, s.dim_v));
     gradients(w, t, seq, visible, pair, by_query);
     product_sum<true>(pair.cols, round_up(s.dim_v, VL), t.scores, t.score_stride, t.dout, t.stride_v,
                       t.dv, t.stride_v, by_key, true);

@@ -144,7 +144,8 @@ void add_block(const Cut& cut, const Work& w, const Sequence& seq, const Visible
   const ScoreRule rule(s, seq, b, t.h);
   const Dropout dropout(s, b, t.h);
   product_scores(t.rows, round_up(cols, VL), s.dim, w.queries + t.at * cut.query_stride,
-                 cut.query_stride, w.keys, w.scores, cut.score_stride, bounds, score_chunk(s.dtype));
+                 cut.query_stride, w.keys, w.scores, cut.score_stride, bounds,
+                 dim_chunk(s.dtype, s.dim));
   for (int64_t r = 0; r < t.rows; r += MR) {
     const int64_t n = min64(MR, t.rows - r);
     const int64_t from = bounds.lo[r / MR] / VL * VL, to = round_up(bounds.hi[r / MR], VL);

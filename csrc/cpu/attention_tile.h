@@ -20,8 +20,10 @@ constexpr int NR = NV * VL;
 // Sums of sums of so many products lose less to rounding than one long chain. The products over the
 // head dimension, of float32, take fewer: lse and the gradients of a few queries have their error, and
 // a matrix product of few rows, whose lanes each sum a part, has a small one.
-constexpr int64_t CHUNK = 128, CHUNK_OF_DIM = 32;
-static inline int64_t score_chunk(DType type) { return type == DType::f32 ? CHUNK_OF_DIM : CHUNK; }
+constexpr int64_t CHUNK = 128;
+static inline int64_t dim_chunk(DType type, int64_t dim) {
+  return type != DType::f32 ? CHUNK : dim > 64 ? 32 : 16;
+}
 // Rows of a packed tile are this many floats longer than the data: 64 bytes, which keeps a column
 // of cache lines from falling into one set of the L1 cache when the row is a power of two long.
 constexpr int64_t ROW_PAD = 16;
