@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..nn.experts import PRODUCTS, find_stacks
+
 
 @dataclass(frozen=True, eq=False)
 class Expert:
@@ -43,36 +45,20 @@ class Expert:
 def find(module: nn.Module) -> dict[str, Expert]:
     """The experts of a block that are stacked, as "<module>.<index>.<parameter>".
 
-    A stack is a 3-D parameter of a module whose name ends in "experts". How its matrices lie is
-    what the module says (transformers' `is_transposed`) or what the sizes of gate_up_proj and
-    down_proj say: the first gives twice what the second takes.
+    What a stack is, and how its matrices lie: see `genai_perf.nn.experts.find_stacks`.
     """
     found = {}
-    for path, owner in module.named_modules():
-        stacks = {name: parameter for name, parameter in owner.named_parameters(recurse=False)
-                  if parameter.dim() == 3 and parameter.is_floating_point()}  # fmt: skip
-        transposed = _transposed(owner) if path.endswith("experts") and stacks else None
-        if transposed is None:
-            continue
-        for index in range(max(len(stack) for stack in stacks.values())):
-            for name, stack in stacks.items():
-                if index < len(stack):
-                    found[f"{path}.{index}.{name}"] = Expert(owner, name, index, transposed)
+    stacks = find_stacks(module)
+    owners = {id(stack.owner): name.rpartition(".")[0] for name, stack in stacks.items()}
+    for owner, path in owners.items():
+        mine = [stack for stack in stacks.values() if id(stack.owner) == owner]
+        for index in range(max(len(stack.weight) for stack in mine)):
+            for stack in mine:
+                if index < len(stack.weight):
+                    found[f"{path}.{index}.{stack.parameter}"] = Expert(
+                        stack.owner, stack.parameter, index, stack.transposed
+                    )
     return found
-
-
-def _transposed(owner: nn.Module) -> bool | None:
-    said = getattr(owner, "is_transposed", None)
-    if isinstance(said, bool):
-        return said
-    first, second = (getattr(owner, name, None) for name in ("gate_up_proj", "down_proj"))
-    if not isinstance(first, nn.Parameter) or not isinstance(second, nn.Parameter):
-        return None
-    if first.shape[2] == second.shape[1] and first.shape[1] == 2 * second.shape[2]:
-        return False
-    if first.shape[1] == second.shape[2] and first.shape[2] == 2 * second.shape[1]:
-        return True
-    return None
 
 
 def has_calibrated_sibling(name: str, calibrated: Collection[str]) -> bool:
@@ -117,5 +103,4 @@ class Watch(TorchFunctionMode):
         return result
 
 
-_PRODUCTS = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__,
-             torch.mm, torch.Tensor.mm)  # fmt: skip
+_PRODUCTS = (nn.functional.linear, *PRODUCTS)

@@ -3,7 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -112,6 +112,10 @@ class QuantizedTensor(Components):
         moved = {name: tensor.to(device) for name, tensor in self.components().items()}
         return QuantizedTensor(self.format, self.shape, self.dtype,
                                group_size=self.group_size, **moved)  # fmt: skip
+
+    def own(self) -> "QuantizedTensor":
+        """The same tensor in memory of its own, aligned: not a view of a mapped file."""
+        return replace(self, **{name: t.clone() for name, t in self.components().items()})
 
     def state_dict(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """Plain tensors that `from_state_dict` reads back: the components and `<prefix>meta`.

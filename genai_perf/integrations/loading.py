@@ -15,11 +15,13 @@ from ..io.sparse_file import read_sparse
 from ..io.stored import Stored
 from ..nn import QuantLinear, SparseLinear
 from . import skeleton
+from .expert_parts import place_stacks
 
 
 def load_compressed(path: str | Path, *, dtype: torch.dtype | None = None,
                     backend: str | None = None) -> nn.Module:  # fmt: skip
-    """A transformers model whose quantized linears are `genai_perf.nn.QuantLinear`.
+    """A transformers model whose quantized linears are `genai_perf.nn.QuantLinear`, and whose
+    quantized experts are `genai_perf.nn.QuantizedStack`.
 
     The packed weights go from the file into the modules as they are; no dense copy is made, when
     loading or when running. Reads compressed-tensors int4, int8 and fp8, GPTQ int4 and int8, and
@@ -110,6 +112,7 @@ def _place_quantized(
             if stored is not None:
                 qweight = stored.read(checkpoint, model.config.dtype)
                 model.set_submodule(name, _quant_linear(name, linear, qweight, backend))
+    place_stacks(checkpoint, model, layers, backend)
     return layers
 
 
@@ -151,9 +154,8 @@ def _quant_linear(name: str, linear: nn.Module, qweight: QuantizedTensor,
     if weight.shape != qweight.shape:
         raise CheckpointError(f"{name}.weight: must have shape {list(weight.shape)}, "
                               f"got {list(qweight.shape)}")  # fmt: skip
-    components = {key: tensor.clone() for key, tensor in qweight.components().items()}
     n, k = weight.shape
-    return QuantLinear(k, n, replace(qweight, **components), linear.bias, backend=backend)
+    return QuantLinear(k, n, qweight.own(), linear.bias, backend=backend)
 
 
 def _load_rest(checkpoint: _DenseExperts, model: nn.Module) -> None:

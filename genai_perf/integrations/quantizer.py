@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from ..compression import rtn
+from ..formats import QuantizedTensor
 from ..io import bitsandbytes, compressed_tensors
-from ..nn import QuantConfig, QuantizationRecord, QuantLinear
+from ..nn import QuantConfig, QuantizationRecord, QuantizedStack, QuantizedWeight, QuantLinear
+from ..nn.experts import Stack, find_stacks, put
 from ..nn.linear import dense_weight
 from ..nn.model import DEFAULT_SKIP, matches, three_dimensional
+from .expert_parts import stored_parts
 
 NAME = "genai_perf"
 STORED = ("nf4", "int4", "int8", "fp8")
@@ -29,11 +32,14 @@ class LoadingQuantizer:
         self.config, self.skip = config, skip
         self.record = QuantizationRecord()
         self.wanted: set[str] = set()
+        self.stacks: dict[str, Stack] = {}
 
     def choose(self, model: nn.Module, others: list[str]) -> None:
-        """Settles which linear layers of a model without weights are quantized; `others` are left
-        dense too."""
+        """Settles which linear layers and stacks of experts of a model without weights are
+        quantized; `others` are left dense too."""
         linears = {n: m for n, m in model.named_modules() if dense_weight(m) is not None}
+        self.stacks = find_stacks(model)
+        linears |= self.stacks
         for entry in self.skip:
             if entry not in DEFAULT_SKIP and not any(matches(entry, name) for name in linears):
                 raise ValueError(f"GenaiPerfConfig: skip entry {entry!r} matches no linear layer "
@@ -49,37 +55,54 @@ class LoadingQuantizer:
         if not self.wanted:
             raise ValueError(f"GenaiPerfConfig: {type(model).__name__} has no linear layer to "
                              f"quantize ({len(self.record.skipped)} are skipped)")  # fmt: skip
-        experts = three_dimensional(model)
+        experts = {n: w for n, w in three_dimensional(model).items() if n not in linears}
         self.record.skipped.update(experts)
         if experts:
             warnings.warn("GenaiPerfConfig leaves dense: " + "; ".join(
                 f"{name} ({why})" for name, why in experts.items()), stacklevel=2)  # fmt: skip
 
     def place(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        """The quantized layer, in the place of the linear one `name`."""
-        linear, config = model.get_submodule(name), self.config
-        weight = weight if isinstance(linear, nn.Linear) else weight.T.contiguous()
+        """The quantized layer, in the place of the linear one or the stack `name`."""
+        stack = self.stacks.get(name)
+        if stack is not None:
+            experts = [self._quantize(name, m.T.contiguous() if stack.transposed else m)
+                       for m in weight]  # fmt: skip
+            made = QuantizedStack(experts, transposed=stack.transposed,
+                                  activations=self.config.activations)  # fmt: skip
+            put(stack, made)
+        else:
+            linear = model.get_submodule(name)
+            weight = weight if isinstance(linear, nn.Linear) else weight.T.contiguous()
+            n, k = weight.shape
+            made = QuantLinear(k, n, self._quantize(name, weight), linear.bias,
+                               activations=self.config.activations)  # fmt: skip
+            model.set_submodule(name, made.train(linear.training))
+        for buffer in made.buffers():
+            buffer._is_hf_initialized = True
+        self.record.quantized[name] = self.config.format
+
+    def _quantize(self, name: str, weight: torch.Tensor) -> QuantizedTensor:
+        config = self.config
         qweight = rtn.solve(
             weight, None, format=config.format, group_size=config.group_size,
             symmetric=config.symmetric, double_quant=config.double_quant,
             granularity=config.granularity, scale_dtype=weight.dtype, name=name,
         ).qweight  # fmt: skip
-        n, k = weight.shape
-        made = QuantLinear(k, n, replace(qweight, dtype=weight.dtype), linear.bias,
-                           activations=config.activations)  # fmt: skip
-        for buffer in made.weight.buffers():
-            buffer._is_hf_initialized = True
-        model.set_submodule(name, made.train(linear.training))
-        self.record.quantized[name] = config.format
+        return replace(qweight, dtype=weight.dtype)
 
     def stored(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
         """The state dict of a checkpoint that others read, and its `quantization_config`."""
         state, schemes = model.state_dict(), {}
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-        for name, layer in layers.items():
-            qweight = layer.weight.tensor()
-            for key in qweight.state_dict(f"{name}.weight."):
-                del state[key]
+        layers = []
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                layers.append((name, module.weight.tensor()))
+            elif isinstance(module, QuantizedStack):
+                layers += stored_parts(model, name, module)
+            if isinstance(module, QuantizedWeight):
+                for key in module.tensor().state_dict(f"{name}."):
+                    del state[key]
+        for name, qweight in layers:
             if qweight.format == "nf4":
                 # The maps are the same tensor for all layers, which save_pretrained refuses.
                 encoded = bitsandbytes.encode(name, qweight)
@@ -96,13 +119,19 @@ class LoadingQuantizer:
 
 
 def dense_again(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Every QuantLinear as an nn.Linear of what it stands for, in place."""
+    """Every QuantLinear as an nn.Linear of what it stands for, every stack of experts as its
+    parameter, in place."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLinear):
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(layer.weight.tensor().dequantize(dtype))
             linear.bias = layer.bias
             model.set_submodule(name, linear.train(layer.training))
+        elif isinstance(layer, QuantizedStack):
+            above, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(above)
+            delattr(owner, leaf)
+            setattr(owner, leaf, nn.Parameter(layer.dequantize(dtype)))
     return model
 
 

@@ -59,6 +59,32 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
+class Renaming:
+    """From a checkpoint's tensor name to the model's, by transformers' own table: gives the name,
+    and the source pattern of the converter that matched or None.
+
+    converters: source pattern -> the converter that makes one tensor of several.
+    """
+
+    def __init__(self, model: nn.Module):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        self._rename, self._prefix = rename_source_key, model.base_model_prefix
+        self._known = model.state_dict()
+        mapping = get_model_conversion_mapping(model)
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+        self.converters = {p: c for c in self._converters for p in c.source_patterns}
+
+    def __call__(self, source: str) -> tuple[str, str | None]:
+        name, pattern = self._rename(source, self._renamings, self._converters, self._prefix,
+                                     self._known)  # fmt: skip
+        if source in self._known and name not in self._known:
+            return source, None
+        return name, pattern
+
+
 class Names:
     """From the model's tensor names to the checkpoint's tensors.
 
@@ -68,27 +94,17 @@ class Names:
     """
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module):
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-
         self.checkpoint, self.model = checkpoint, model
         by_id: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             by_id.setdefault(id(parameter), []).append(name)
         self._tied = {name: names for names in by_id.values() for name in names}
-        known = model.state_dict()
-        mapping = get_model_conversion_mapping(model)
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        renaming = Renaming(model)
         # name in the model -> (names in the checkpoint with the pattern that matched, converter)
         self._sources: dict[str, tuple[list[tuple[str, str | None]], object]] = {}
         for source in sorted(checkpoint.names(), key=_natural):
-            name, pattern = rename_source_key(source, renamings, converters,
-                                              model.base_model_prefix, known)  # fmt: skip
-            if source in known and name not in known:
-                name, pattern = source, None
-            sources, _ = self._sources.setdefault(name, ([], by_pattern.get(pattern)))
+            name, pattern = renaming(source)
+            sources, _ = self._sources.setdefault(name, ([], renaming.converters.get(pattern)))
             sources.append((source, pattern))
 
     def find(self, name: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Drop-in modules."""
 
+from .experts import QuantizedStack
 from .linear import QuantConfig, QuantizedWeight, QuantLinear
 from .model import QuantizationRecord, quantize_model
 from .multihead import MultiheadAttention
@@ -12,6 +13,7 @@ __all__ = [
     "QuantConfig",
     "QuantLinear",
     "QuantizationRecord",
+    "QuantizedStack",
     "QuantizedWeight",
     "SparseLinear",
     "quantize_model",

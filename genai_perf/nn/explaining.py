@@ -8,6 +8,7 @@ from torch import nn
 
 from .._dispatch import Explanation
 from .._dispatch import explain as explain_call
+from .experts import QuantizedStack
 from .linear import QuantLinear, dense_weight
 from .sparse import SparseLinear
 
@@ -79,7 +80,7 @@ def explain_model(model: nn.Module) -> ModelExplanation:
     skipped = {} if record is None else record.skipped
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear | SparseLinear):
+        if isinstance(module, QuantLinear | SparseLinear | QuantizedStack):
             layers.append(explain_layer(name, module))
         elif dense_weight(module) is not None:
             layers.append(_dense(name, module.weight, skipped.get(name, "not quantized")))
@@ -93,16 +94,24 @@ def explain_model(model: nn.Module) -> ModelExplanation:
     return ModelExplanation(tuple(layers))
 
 
-def explain_layer(name: str, layer: QuantLinear | SparseLinear) -> LayerExplanation:
-    """One compressed layer, asked with one row in the dtype that its weight came from."""
-    weight = layer.weight.tensor() if isinstance(layer, QuantLinear) else layer.tensor()
-    x = torch.zeros(1, layer.in_features, dtype=_dtype(layer, weight), device=_any(weight).device)
+def explain_layer(name: str, layer: QuantLinear | SparseLinear | QuantizedStack):
+    """LayerExplanation of one compressed layer, asked with one row in the dtype that its weight
+    came from; of a stack of experts, its first."""
+    stack = layer if isinstance(layer, QuantizedStack) else None
+    if stack is not None:
+        weight = stack.weights[0].tensor()
+    else:
+        weight = layer.weight.tensor() if isinstance(layer, QuantLinear) else layer.tensor()
+    x = torch.zeros(1, weight.shape[-1], dtype=_dtype(layer, weight), device=_any(weight).device)
     with torch.no_grad():
-        told = explain_call(layer, x)
+        told = explain_call(layer, x) if stack is None else explain_call(stack.product, x, 0)
     before = list(told.reasons)[: list(told.reasons).index(told.backend)]
     reason = "" if told.backend != "reference" else "; ".join(told.reasons[b] for b in before)
-    form = weight.format if isinstance(layer, QuantLinear) else f"sparse {weight.layout}"
-    return LayerExplanation(name, form, told.backend, reason, weight.shape.numel(), weight.nbytes)
+    form = f"sparse {weight.layout}" if isinstance(layer, SparseLinear) else weight.format
+    count, nbytes = weight.shape.numel(), weight.nbytes
+    if stack is not None:
+        count, nbytes = stack.shape.numel(), stack.nbytes
+    return LayerExplanation(name, form, told.backend, reason, count, nbytes)
 
 
 def _any(weight) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""quantize_model: every Linear of a model replaced, and a record of what was not and why."""
+"""quantize_model: Linears and stacks of experts replaced, and a record of what was not and why."""
 
 import warnings
 from collections.abc import Collection
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .experts import QuantizedStack, Stack, find_stacks, put
 from .explaining import explain_layer
 from .linear import QuantConfig, QuantLinear, dense_weight
 
@@ -28,7 +29,9 @@ class QuantizationRecord:
 def quantize_model(model: nn.Module, config: str | QuantConfig, *,
                    skip: Collection[str] = DEFAULT_SKIP,
                    strict: bool = False) -> nn.Module:  # fmt: skip
-    """Replaces the Linear and Conv1D layers of `model` by QuantLinear, in place.
+    """Replaces the Linear and Conv1D layers of `model` by QuantLinear, in place, and the 3-D
+    parameters of a mixture's experts (transformers' Mixtral, Qwen-MoE, GPT-OSS, ...) by
+    QuantizedStack, each expert quantized by itself.
 
     Args:
         model: any module; a failure leaves it as it was.
@@ -51,13 +54,14 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
         skip = (skip,)
     layers = {name: module for name, module in model.named_modules(remove_duplicate=False)
               if isinstance(module, nn.Linear) or dense_weight(module) is not None}  # fmt: skip
+    layers |= find_stacks(model)
     for entry in skip:
         if entry not in DEFAULT_SKIP and not any(matches(entry, name) for name in layers):
             raise ValueError(f"quantize_model: skip entry {entry!r} matches no layer of the model")
     record = QuantizationRecord()
-    unasked = three_dimensional(model)
+    unasked = {n: why for n, why in three_dimensional(model).items() if n not in layers}
     owners = _owners(model)
-    made: dict[int, QuantLinear] = {}
+    made: dict[int, QuantLinear | QuantizedStack] = {}
     for name, module in layers.items():
         asked = next((entry for entry in skip if matches(entry, name)), None)
         if asked is not None:
@@ -82,19 +86,27 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
         model = made[id(model)]
     else:
         for name in record.quantized:
-            parent, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            setattr(owner, leaf, made[id(layers[name])])
+            _replace(model, name, layers[name], made[id(layers[name])])
     model.quantization_record = record
     return model
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module | Stack, quantized: nn.Module) -> None:
+    if isinstance(layer, Stack):
+        put(layer, quantized)
+    else:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, quantized)
 
 
 def matches(entry: str, name: str) -> bool:
     return f".{entry}." in f".{name}."
 
 
-def _quantized(name: str, module: nn.Module, config: QuantConfig) -> QuantLinear:
+def _quantized(name: str, module: nn.Module | Stack, config: QuantConfig):
     try:
+        if isinstance(module, Stack):
+            return QuantizedStack.from_float(module.weight, config, transposed=module.transposed)
         made = QuantLinear.from_float(module, config)
     except ValueError as error:
         raise ValueError(f"quantize_model: {name or 'the model'}: {error}") from error
@@ -110,8 +122,8 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _why_not(module: nn.Module, owners: dict[int, list[str]]) -> str | None:
-    if dense_weight(module) is None:
+def _why_not(module: nn.Module | Stack, owners: dict[int, list[str]]) -> str | None:
+    if not isinstance(module, Stack) and dense_weight(module) is None:
         return f"{type(module).__name__} is a subclass of Linear whose users may read its weight"
     if len(names := owners[id(module.weight)]) > 1:
         return f"its weight is shared: {', '.join(names)}"
@@ -121,7 +133,8 @@ def _why_not(module: nn.Module, owners: dict[int, list[str]]) -> str | None:
 
 
 def three_dimensional(model: nn.Module) -> dict[str, str]:
-    """Fused expert weights and the like: 3-D parameters of modules that torch does not define."""
+    """Fused expert weights and the like: 3-D parameters of modules that torch does not define, also
+    those that `find_stacks` knows."""
     return {
         f"{prefix}.{name}".lstrip(
             "."

@@ -1,5 +1,6 @@
 """from_pretrained with a GenaiPerfConfig, and what save_pretrained writes."""
 
+import copy
 import json
 
 import pytest
@@ -91,3 +92,28 @@ def test_bad_input(tmp_path):
     model = LOAD(tiny_python_lm(), quantization_config=GenaiPerfConfig("fp8_e5m2"))
     with pytest.raises(ValueError, match="genai_perf and is not serializable"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*Llama4Router:UserWarning")
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss", "llama4"])
+@pytest.mark.parametrize("options", [*WAYS[1:3], {"format": "int4", "group_size": 32}, WAYS[4]],
+                         ids=lambda o: "-".join(map(str, o.values())))  # fmt: skip
+def test_experts_are_quantized_while_loading_and_saved(options, family, saved, tmp_path):
+    ids = IDS % 96
+    model = LOAD(saved(family), quantization_config=GenaiPerfConfig(**options))
+    stacks = [n for n, m in model.named_modules() if isinstance(m, gp.nn.QuantizedStack)]
+    assert len(stacks) == 6 and set(stacks) <= set(model.quantization_record.quantized)
+    dense = copy.deepcopy(model).dequantize().eval()
+    assert not any(isinstance(m, gp.nn.QuantizedStack) for m in dense.modules())
+    with torch.no_grad():
+        got = model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(dense(input_ids=ids).logits, got, rtol=1e-4, atol=1e-4)
+        model.save_pretrained(tmp_path)
+        again = gp.load_compressed(tmp_path)
+        assert sum(isinstance(m, gp.nn.QuantizedStack) for m in again.modules()) == 6
+        torch.testing.assert_close(again(input_ids=ids).logits, got, rtol=1e-5, atol=1e-5)
+    if family in ("mixtral", "qwen3-moe") and options["format"] in ("int4", "fp8"):
+        # Under the names that the family has; transformers reads packed and fp8 experts alone.
+        with torch.no_grad():
+            plain = LOAD(tmp_path)(input_ids=ids).logits
+        assert (plain - got).norm() < 1e-4 * got.norm()
