@@ -35,20 +35,20 @@ void bind_quantize(py::module_& m) {
       },
       Release());
   m.def(
-      "quantize_nf4",
-      [](Address x, int dtype, int64_t n, int64_t block, Address q, Address absmax, int threads) {
-        return GP_KERNEL(quantize_nf4)(as_pointer<void>(x), DType(dtype), n, block,
-                                       as_pointer<uint8_t>(q), as_pointer<float>(absmax), threads);
+      "quantize_book",
+      [](int book, Address x, int dtype, int64_t n, int64_t block, Address q, Address absmax, int threads) {
+        return GP_KERNEL(quantize_book)(gp::Book(book), as_pointer<void>(x), DType(dtype), n, block,
+                                        as_pointer<uint8_t>(q), as_pointer<float>(absmax), threads);
       },
       Release());
   m.def(
-      "dequantize_nf4",
-      [](Address q, Address scale, Address nested, Address offset, Address map, int64_t n,
+      "dequantize_book",
+      [](int book, Address q, Address scale, Address nested, Address offset, Address map, int64_t n,
          int64_t block, Address out, int dtype, int threads) {
         const gp::BlockScales scales{as_pointer<void>(scale), as_pointer<float>(nested),
                                      as_pointer<float>(offset), as_pointer<float>(map)};
-        GP_KERNEL(dequantize_nf4)(as_pointer<uint8_t>(q), scales, n, block, as_pointer<void>(out),
-                                  DType(dtype), threads);
+        GP_KERNEL(dequantize_book)(gp::Book(book), as_pointer<uint8_t>(q), scales, n, block,
+                                   as_pointer<void>(out), DType(dtype), threads);
       },
       Release());
   m.def(

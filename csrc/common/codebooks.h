@@ -22,4 +22,14 @@ constexpr float NF4[16] = {
     1.0f,
 };
 
+// Codes 0 and 8 are both zero.
+constexpr float FP4[16] = {
+    0.0f / 12,  0.0625f / 12,  8.0f / 12,  12.0f / 12,  4.0f / 12,  6.0f / 12,  2.0f / 12,  3.0f / 12,
+    0.0f / 12,  -0.0625f / 12, -8.0f / 12, -12.0f / 12, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12,
+};
+
+// A code for each place in rising order.
+constexpr unsigned char NF4_ORDER[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr unsigned char FP4_ORDER[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
+
 }  // namespace gp

@@ -140,14 +140,15 @@ float block_scale(const BlockScales& s, int64_t block) {
 
 }  // namespace
 
-void dequantize_nf4(const uint8_t* q, const BlockScales& s, int64_t n, int64_t block, void* out,
-                    DType dtype, int threads) {
+void dequantize_book(Book book, const uint8_t* q, const BlockScales& s, int64_t n, int64_t block,
+                     void* out, DType dtype, int threads) {
+  const float* values = book == Book::fp4 ? FP4 : NF4;
   with_dtype(dtype, [&](auto typed) {
     constexpr DType T = decltype(typed)::value;
     for_blocks(n, block, threads, [&](int64_t b, int64_t first, int64_t count) {
       const vf absmax = v_set(block_scale(s, b));
       Table table;
-      table.fill<T>([&](int i) { return v_mul(v_load(NF4 + i), absmax); });
+      table.fill<T>([&](int i) { return v_mul(v_load(values + i), absmax); });
       decode_nibbles<T, true>(q + first / 2, count, table, out, first);
     });
   });

@@ -59,8 +59,9 @@ struct Zeros {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
-struct Nf4Codec {
-  Lut lut = make_lut(NF4);
+template <bool IS_FP4>
+struct BookCodec {
+  Lut lut = make_lut(IS_FP4 ? FP4 : NF4);
   static int element(int j, int i) {
     const int byte = 4 * (j & 3) + (i & 3) + (i < 4 ? 0 : 16);
     return 2 * byte + (j < 4 ? 0 : 1);
@@ -161,8 +162,9 @@ GP_INLINE inline void look_all(Lut table, Chunk v, vf* w) {
   w[7] = look<7>(table, v);
 }
 
-struct Nf4Codec {
-  Lut table = make_lut(NF4);
+template <bool IS_FP4>
+struct BookCodec {
+  Lut table = make_lut(IS_FP4 ? FP4 : NF4);
   static int element(int j, int i) { return 8 * i + (j ^ 1); }
   GP_INLINE void decode(const uint8_t* p, const Zeros&, const Lanes&, int64_t, vf* w) const {
     look_all(table, load_chunk(p), w);

@@ -91,13 +91,14 @@ static inline float block_scale(const QuantWeight& w, int64_t block) {
 // Rows of W as floats. Made once a kernel: it holds the table of the format.
 class Decoder {
  public:
-  explicit Decoder(const QuantWeight& w) : w_(w) {}
+  explicit Decoder(const QuantWeight& w)
+      : w_(w), book_(w.format == QuantFormat::fp4 ? FP4 : NF4) {}
 
   // Asks for the bytes that row(n, k0, len) reads: pieces of rows are too short for the processor to
   // see where they lead.
   GP_INLINE void prefetch_row(int64_t n, int64_t k0, int64_t len) const {
-    const bool four = w_.format == QuantFormat::nf4 || w_.format == QuantFormat::int4;
-    const int64_t first = w_.format == QuantFormat::nf4 ? (n * w_.k + k0) / 2
+    const bool four = has_book(w_.format) || w_.format == QuantFormat::int4;
+    const int64_t first = has_book(w_.format) ? (n * w_.k + k0) / 2
         : four ? n * ((w_.k + 1) / 2) + k0 / 2 : n * w_.k + k0;
     const int64_t bytes = four ? len / 2 : len;
     for (int64_t i = 0; i < bytes; i += 64) prefetch(w_.qdata + first + i);
@@ -110,7 +111,8 @@ class Decoder {
       case QuantFormat::int8: return bytes<QuantFormat::int8>(n, k0, len, out);
       case QuantFormat::fp8: return bytes<QuantFormat::fp8>(n, k0, len, out);
       case QuantFormat::fp8_e5m2: return bytes<QuantFormat::fp8_e5m2>(n, k0, len, out);
-      case QuantFormat::nf4: return nf4(n * w_.k + k0, len, out);
+      case QuantFormat::nf4:
+      case QuantFormat::fp4: return book(n * w_.k + k0, len, out);
       case QuantFormat::int4: return int4(n, k0, len, out);
     }
   }
@@ -133,8 +135,8 @@ class Decoder {
     }
   }
 
-  void nf4(int64_t flat, int64_t len, float* out) const {
-    const Nf4Run run = nf4_;  // in registers: a load from beside the tile would wait for its stores
+  void book(int64_t flat, int64_t len, float* out) const {
+    const BookRun run = book_;  // in registers: a load from beside the tile would wait for its stores
     for (int64_t i = 0; i < len;) {
       const int64_t block = (flat + i) / w_.group_size;
       const int64_t left = (block + 1) * w_.group_size - flat;
@@ -175,7 +177,7 @@ class Decoder {
   }
 
   const QuantWeight& w_;
-  Nf4Run nf4_;
+  BookRun book_;
 };
 
 }  // namespace GP_ISA

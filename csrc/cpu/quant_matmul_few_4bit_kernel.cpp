@@ -1,4 +1,4 @@
-// nf4 and int4 weights against a few rows of x. What bounds it is how fast codes become floats in
+// nf4, fp4 and int4 weights against a few rows of x. What bounds it is how fast codes become floats in
 // registers; so x is laid out once, in the order in which they come. Whatever the number of rows, a
 // row of x meets a row of W in the same order of operations.
 #include "common/parallel.h"
@@ -98,24 +98,24 @@ int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
 // How rows of W and of x stand on the grid of chunks.
 struct Grid {
-  // Rows of int4 begin with a chunk. nf4's chunks stand on the grid of the flat array, where row r
+  // Rows of int4 begin with a chunk. A book's chunks stand on the grid of the flat array, where row r
   // begins r*k % CHUNK weights into a chunk: x is laid out once for each such phase, with zeros
   // where a chunk reaches into other rows.
   explicit Grid(const QuantWeight& w)
-      : nf4(w.format == QuantFormat::nf4),
+      : flat(has_book(w.format)),
         k(w.k),
-        step(nf4 ? gcd(w.k, CHUNK) : CHUNK),
+        step(flat ? gcd(w.k, CHUNK) : CHUNK),
         phases(CHUNK / step),
         chunks((w.k + CHUNK - step + CHUNK - 1) / CHUNK),
         g(w.group_size > 0 ? w.group_size : int64_t(1) << 48),
         row_groups((w.k + g - 1) / g),
         row_bytes((w.k + 1) / 2),
-        bytes(nf4 ? (w.n * w.k + 1) / 2 : w.n * row_bytes),
-        groups(nf4 ? (w.n * w.k + g - 1) / g : w.n * row_groups) {}
-  int64_t first(int64_t r) const { return nf4 ? r * k / CHUNK * CHUNK : 0; }
-  int64_t phase(int64_t r) const { return nf4 ? r * k % CHUNK : 0; }
+        bytes(flat ? (w.n * w.k + 1) / 2 : w.n * row_bytes),
+        groups(flat ? (w.n * w.k + g - 1) / g : w.n * row_groups) {}
+  int64_t first(int64_t r) const { return flat ? r * k / CHUNK * CHUNK : 0; }
+  int64_t phase(int64_t r) const { return flat ? r * k % CHUNK : 0; }
 
-  bool nf4;
+  bool flat;
   int64_t k, step, phases, chunks, g, row_groups, row_bytes, bytes, groups;
 };
 
@@ -182,9 +182,9 @@ bool run(const QuantMatmulArgs& a, const Grid& grid, const Lanes& lanes) {
     std::memset(sums, 0, size_t(count * 2 * m * VL) * 4);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t first = grid.first(r0 + r), phase = grid.phase(r0 + r);
-      const int64_t group = grid.nf4 ? first / grid.g : (r0 + r) * grid.row_groups;
-      const int64_t end = grid.nf4 ? grid.groups : group + grid.row_groups;
-      const int64_t at = grid.nf4 ? first / 2 : (r0 + r) * grid.row_bytes;
+      const int64_t group = grid.flat ? first / grid.g : (r0 + r) * grid.row_groups;
+      const int64_t end = grid.flat ? grid.groups : group + grid.row_groups;
+      const int64_t at = grid.flat ? first / 2 : (r0 + r) * grid.row_bytes;
       const int64_t chunks = (phase + grid.k + CHUNK - 1) / CHUNK;
       Row& head = row[r];
       head.p = at + chunks * CHUNK_BYTES <= grid.bytes
@@ -227,13 +227,15 @@ bool quant_matmul_few_4bit(const QuantMatmulArgs& a) {
   // so that the order of summation never depends on it.
   if (grid.phases * grid.chunks * CHUNK > MAX_LAYOUT) return quant_matmul_many(a);
   const Lanes lanes(grid.g);
-  const bool zero = a.w.zero_point != nullptr;
+  const bool zero = a.w.zero_point != nullptr, fp4 = a.w.format == QuantFormat::fp4;
   if (lanes.one_group()) {
-    if (grid.nf4) return run<Nf4Codec, false, true>(a, grid, lanes);
+    if (fp4) return run<BookCodec<true>, false, true>(a, grid, lanes);
+    if (grid.flat) return run<BookCodec<false>, false, true>(a, grid, lanes);
     return zero ? run<Int4Codec<true, true>, true, true>(a, grid, lanes)
                 : run<Int4Codec<false, true>, false, true>(a, grid, lanes);
   }
-  if (grid.nf4) return run<Nf4Codec, false, false>(a, grid, lanes);
+  if (fp4) return run<BookCodec<true>, false, false>(a, grid, lanes);
+  if (grid.flat) return run<BookCodec<false>, false, false>(a, grid, lanes);
   return zero ? run<Int4Codec<true, false>, true, false>(a, grid, lanes)
               : run<Int4Codec<false, false>, false, false>(a, grid, lanes);
 }

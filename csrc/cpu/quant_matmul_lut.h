@@ -104,10 +104,12 @@ GP_INLINE inline __m256i unpack_for_planes(const uint8_t* p) {
 
 // A run of codes that decode by one table: decode32 writes value(code) * scale for 32 of them.
 
-struct Nf4Run {
+struct BookRun {
   static constexpr bool HIGH_FIRST = true;
-  Lut lut = make_lut(NF4);
-  float value(int code) const { return NF4[code]; }
+  const float* book;
+  Lut lut;
+  explicit BookRun(const float* values) : book(values), lut(make_lut(values)) {}
+  float value(int code) const { return book[code]; }
   GP_INLINE void decode32(const uint8_t* p, float scale, float* out) const {
 #if defined(__AVX512F__)
     decode32_by<true>(lut, p, scale, out);
@@ -116,7 +118,7 @@ struct Nf4Run {
     lookup32(lut, unpack_for_planes<true>(p), f);
     for (int r = 0; r < 4; ++r) _mm256_storeu_ps(out + 8 * r, _mm256_mul_ps(f[r], _mm256_set1_ps(scale)));
 #else
-    for (int i = 0; i < 32; ++i) out[i] = NF4[i % 2 ? p[i / 2] & 15 : p[i / 2] >> 4] * scale;
+    for (int i = 0; i < 32; ++i) out[i] = book[i % 2 ? p[i / 2] & 15 : p[i / 2] >> 4] * scale;
 #endif
   }
 };

@@ -113,7 +113,7 @@ bool quant_matmul_many(const QuantMatmulArgs& a) {
 bool quant_matmul_forward(const QuantMatmulArgs& a) {
   const KeepSubnormals keep;
   if (a.m > QUANT_MATMUL_FEW_ROWS) return quant_matmul_many(a);
-  const bool four_bit = a.w.format == QuantFormat::nf4 || a.w.format == QuantFormat::int4;
+  const bool four_bit = has_book(a.w.format) || a.w.format == QuantFormat::int4;
   return four_bit ? quant_matmul_few_4bit(a) : quant_matmul_few_8bit(a);
 }
 

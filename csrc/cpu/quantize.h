@@ -27,9 +27,13 @@ GP_DECLARE_KERNEL(int, quantize_scaled, const ScaledArgs&, const void* x, DType 
 GP_DECLARE_KERNEL(void, dequantize_scaled, const ScaledArgs&, const uint8_t* q, const float* scale,
                   void* out, DType dtype)
 
-// nf4: blocks of `block` consecutive elements (a multiple of 32), even element in the high nibble.
-GP_DECLARE_KERNEL(int, quantize_nf4, const void* x, DType dtype, int64_t n, int64_t block,
-                  uint8_t* q, float* absmax, int threads)
+// The book that 4-bit codes are looked up in.
+enum class Book : int { nf4 = 0, fp4 = 1 };
+
+// Code books: blocks of `block` consecutive elements (a multiple of 32), even element in the high
+// nibble.
+GP_DECLARE_KERNEL(int, quantize_book, Book book, const void* x, DType dtype, int64_t n,
+                  int64_t block, uint8_t* q, float* absmax, int threads)
 
 // The scale of each block: fp32, or (nested != nullptr) a code of the dynamic map for each block,
 // map[code] * nested[block / 256] + *offset.
@@ -39,8 +43,8 @@ struct BlockScales {
   const float* offset;
   const float* map;
 };
-GP_DECLARE_KERNEL(void, dequantize_nf4, const uint8_t* q, const BlockScales& scales, int64_t n,
-                  int64_t block, void* out, DType dtype, int threads)
+GP_DECLARE_KERNEL(void, dequantize_book, Book book, const uint8_t* q, const BlockScales& scales,
+                  int64_t n, int64_t block, void* out, DType dtype, int threads)
 
 // int4: rows of ceil(cols / 2) bytes, even element in the low nibble; `group` elements of a row (a
 // multiple of 8, or the whole row) share a scale. zero_point is null for symmetric codes.

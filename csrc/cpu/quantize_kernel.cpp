@@ -56,14 +56,16 @@ void pack_nibbles(uint8_t* q, int64_t n, int pad, const F& code) {
   }
 }
 
-// The number of midpoints of a 16-value book below x, by four steps down a binary tree: node k has
-// children 2k and 2k + 1, and the bounds stand in the order of the nodes.
+// The number of midpoints between neighbours of a 16-value book below x, by four steps down a binary
+// tree: node k has children 2k and 2k + 1, and the bounds stand in the order of the nodes. `code` is
+// that of each place in rising order.
 class BookSearch {
  public:
-  explicit BookSearch(const float (&book)[16]) {
+  BookSearch(const float (&book)[16], const uint8_t (&code)[16]) {
     constexpr int order[16] = {0, 7, 3, 11, 1, 5, 9, 13, 0, 2, 4, 6, 8, 10, 12, 14};
     alignas(64) float nodes[16];
-    for (int i = 0; i < 16; ++i) nodes[i] = (book[order[i]] + book[order[i] + 1]) / 2.0f;
+    for (int i = 0; i < 16; ++i)
+      nodes[i] = (book[code[order[i]]] + book[code[order[i] + 1]]) / 2.0f;
 #if defined(__AVX512F__)
     nodes_ = _mm512_load_ps(nodes);
 #elif defined(__AVX2__)
@@ -111,41 +113,70 @@ class BookSearch {
 #endif
 };
 
-template <DType T, bool DIVIDE>
+template <DType T, bool DIVIDE, bool FP4_CODES>
 struct BookCode {
   const void* x;
   int64_t first;
   vf by;
   BookSearch search;
-  vi of(vf v) const { return search(DIVIDE ? v_div(v, by) : v_mul(v, by)); }
+  vi of(vf v) const {
+    const vi place = search(DIVIDE ? v_div(v, by) : v_mul(v, by));
+    return FP4_CODES ? fp4_code(place) : place;
+  }
   vi operator()(int64_t i) const { return of(load_vec<T>(x, first + i)); }
   vi part(int64_t i, int64_t n) const { return of(load_part<T>(x, first + i, n)); }
+
+ private:
+  // FP4_ORDER[place]: magnitudes rise by codes 0, 1, 6, 7, 4, 5, 2, 3, and zero has the sign of the
+  // other half.
+  static vi fp4_code(vi place) {
+    const vi zero = i_set(0), seven = i_set(7), eight = i_set(8);
+    const vi upper = i_select_gt(place, seven, i_sub(place, eight), i_sub(seven, place));
+    const vi twos = i_and(upper, i_set(2));
+    const vi both = i_and(i_add(twos, twos), upper);  // 4 where bits 1 and 2 are set
+    const vi code = i_sub(i_add(upper, i_add(twos, twos)), i_add(both, both));  // bit 2 ^= bit 1
+    const vi sign = i_select_gt(i_set(9), place, i_select_gt(place, seven, eight, zero), zero);
+    return i_or(code, i_select_gt(seven, place, eight, sign));
+  }
 };
 
 }  // namespace
 
-int quantize_nf4(const void* x, DType dtype, int64_t n, int64_t block, uint8_t* q, float* absmax,
-                 int threads) {
-  const BookSearch search(NF4);
+namespace {
+
+template <DType T, bool FP4_CODES>
+void quantize_blocks(const void* x, int64_t n, int64_t block, uint8_t* q, float* absmax, int threads,
+                     Found& found) {
+  const BookSearch search(FP4_CODES ? FP4 : NF4, FP4_CODES ? FP4_ORDER : NF4_ORDER);
+  const int pad = FP4_CODES ? 0 : 7;  // a zero
+  for_blocks(n, block, threads, [&](int64_t b, int64_t first, int64_t count) {
+    const int32_t bits = absmax_bits<T>(x, first, count, false);
+    if (bits >= kInfBits) return found.set(QuantizeStatus::nonfinite);
+    const float largest = bits_to_float(uint32_t(bits));
+    const float floored = largest > kAbsmaxFloor ? largest : kAbsmaxFloor;
+    // The last partial block as bitsandbytes' CPU path has it; see formats/code_book.py.
+    uint8_t* to = q + first / 2;
+    if (count < block) {
+      absmax[b] = floored;
+      const BookCode<T, true, FP4_CODES> code{x, first, v_set(floored), search};
+      pack_nibbles<true>(to, count, pad, code);
+    } else {
+      absmax[b] = largest;
+      const BookCode<T, false, FP4_CODES> code{x, first, v_set(1.0f / floored), search};
+      pack_nibbles<true>(to, count, pad, code);
+    }
+  });
+}
+
+}  // namespace
+
+int quantize_book(Book book, const void* x, DType dtype, int64_t n, int64_t block, uint8_t* q,
+                  float* absmax, int threads) {
   Found found;
   with_dtype(dtype, [&](auto typed) {
     constexpr DType T = decltype(typed)::value;
-    for_blocks(n, block, threads, [&](int64_t b, int64_t first, int64_t count) {
-      const int32_t bits = absmax_bits<T>(x, first, count, false);
-      if (bits >= kInfBits) return found.set(QuantizeStatus::nonfinite);
-      const float largest = bits_to_float(uint32_t(bits));
-      const float floored = largest > kAbsmaxFloor ? largest : kAbsmaxFloor;
-      // The last partial block as bitsandbytes' CPU path has it; see formats/nf4.py.
-      uint8_t* to = q + first / 2;
-      if (count < block) {
-        absmax[b] = floored;
-        pack_nibbles<true>(to, count, 7, BookCode<T, true>{x, first, v_set(floored), search});
-      } else {
-        absmax[b] = largest;
-        const vf inverse = v_set(1.0f / floored);
-        pack_nibbles<true>(to, count, 7, BookCode<T, false>{x, first, inverse, search});
-      }
-    });
+    if (book == Book::fp4) quantize_blocks<T, true>(x, n, block, q, absmax, threads, found);
+    else quantize_blocks<T, false>(x, n, block, q, absmax, threads, found);
   });
   return found.get();
 }

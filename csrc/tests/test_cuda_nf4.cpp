@@ -32,7 +32,7 @@ bool same(int64_t n, int block_shift, bool nested, bool aligned, gp::DType dtype
     nf4_dequantize_kernel<Out>(q, scales, n, block_shift, reinterpret_cast<Out*>(got.data()),
                                aligned);
   });
-  gp::scalar::dequantize_nf4(q, {scales.scale, scales.nested, scales.offset, scales.map}, n, block,
+  gp::scalar::dequantize_book(gp::Book::nf4, q, {scales.scale, scales.nested, scales.offset, scales.map}, n, block,
                              want.data(), dtype, 1);
   const bool equal = !std::memcmp(got.data(), want.data(), got.size() * 16);
   if (!equal)

@@ -29,7 +29,7 @@ void golden_nf4() {
   float x[64], absmax = 0.0f;
   for (int i = 0; i < 64; ++i) x[i] = 2.0f * float(i) / 63.0f - 1.0f;
   uint8_t q[32];
-  const int status = GP_KERNEL(quantize_nf4)(x, gp::DType::f32, 64, 64, q, &absmax, 1);
+  const int status = GP_KERNEL(quantize_book)(gp::Book::nf4, x, gp::DType::f32, 64, 64, q, &absmax, 1);
   char hex[65];
   for (int i = 0; i < 32; ++i) std::snprintf(hex + 2 * i, 3, "%02x", unsigned(q[i]));
   check(status == 0 && absmax == 1.0f, "absmax of the golden vector");
@@ -64,9 +64,9 @@ std::vector<uint8_t> all_bytes(int threads) {
   keep(q.data(), n / 2);
   keep(zero.data(), zero.size());
   keep(out.data(), size_t(n) * 2);
-  check(!GP_KERNEL(quantize_nf4)(x.data(), gp::DType::f32, n, 64, q.data(), scale.data(), threads),
-        "quantize_nf4");
-  GP_KERNEL(dequantize_nf4)(q.data(), {scale.data(), nullptr, nullptr, nullptr}, n, 64, out.data(),
+  check(!GP_KERNEL(quantize_book)(gp::Book::nf4, x.data(), gp::DType::f32, n, 64, q.data(), scale.data(), threads),
+        "quantize_book");
+  GP_KERNEL(dequantize_book)(gp::Book::nf4, q.data(), {scale.data(), nullptr, nullptr, nullptr}, n, 64, out.data(),
                             gp::DType::f16, threads);
   keep(q.data(), n / 2);
   keep(out.data(), size_t(n) * 2);
@@ -79,7 +79,7 @@ void refuses_nonfinite() {
   for (float bad : {float(INFINITY), float(-INFINITY), float(NAN)}) {
     x[333] = bad;
     const int nonfinite = int(gp::QuantizeStatus::nonfinite);
-    check(GP_KERNEL(quantize_nf4)(x.data(), gp::DType::f32, 640, 64, q.data(), scale.data(), 2) ==
+    check(GP_KERNEL(quantize_book)(gp::Book::nf4, x.data(), gp::DType::f32, 640, 64, q.data(), scale.data(), 2) ==
               nonfinite, "nf4 refuses");
     check(GP_KERNEL(quantize_int4)({5, 128, 32, gp::DType::f32, 2}, x.data(), gp::DType::f32,
                                    q.data(), scale.data(), nullptr) == nonfinite, "int4 refuses");

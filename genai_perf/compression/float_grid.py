@@ -3,7 +3,7 @@
 import torch
 
 from .._checks import fail
-from ..formats import FP8, QuantizedTensor, int4, nf4
+from ..formats import FP8, NF4, QuantizedTensor, code_book, int4
 from ..formats.base import SCALE_FLOOR
 from .grid import GroupGrid
 
@@ -53,16 +53,16 @@ class Nf4Grid(GroupGrid):
         if weight.shape[1] % self.group_size:
             fail("Nf4Grid", "weight", f"of a multiple of {self.group_size} columns",
                  f"shape {tuple(weight.shape)}")  # fmt: skip
-        book = nf4.code_book(weight.device)
-        self._book, self._middles = book.to(weight.dtype), (book[:-1] + book[1:]) / 2
+        self._book = NF4.book(weight.device).to(weight.dtype)
+        self._middles = NF4.bounds(weight.device)
         super().fit(weight, importance)
         absmax = self._scale.T.float().flatten()  # blocks in row-major order
         self._parts = {"scale": absmax}
         if self._double_quant:
-            self._parts = nf4.nest(absmax)
+            self._parts = code_book.nest(absmax)
             none = torch.empty(0, dtype=torch.uint8)
             nested = QuantizedTensor("nf4", weight.shape, torch.float32, none, **self._parts)
-            absmax = nf4.block_scales(nested)
+            absmax = code_book.block_scales(nested)
         self._scale = absmax.view(len(weight), -1).T.to(weight.dtype).contiguous()
 
     def _candidates(self, high, low) -> tuple[torch.Tensor, torch.Tensor]:

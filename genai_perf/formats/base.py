@@ -53,7 +53,7 @@ class Components:
 class QuantizedTensor(Components):
     """A quantized tensor: a few plain tensors and how to read them.
 
-    Dequantized: `(qdata - zero_point) * scale`, with `qdata` looked up in the code book for nf4.
+    Dequantized: `(qdata - zero_point) * scale`, with `qdata` looked up in the book for nf4 and fp4.
 
     Attributes:
         format: a name of `genai_perf.formats.FORMATS`.

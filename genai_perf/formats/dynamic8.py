@@ -6,8 +6,8 @@ import torch
 
 from .._checks import check_choice
 from .base import Format, Layout, QuantizedTensor, Spec, ceil_div
+from .code_book import BLOCK_SIZES
 from .dynamic_map import decode_blocks, encode_blocks
-from .nf4 import BLOCK_SIZES
 
 
 class Dynamic8(Format):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from .base import QuantizedTensor
-from .nf4 import block_scales
+from .code_book import block_scales
 
 
 def split(qt: QuantizedTensor, parts: int) -> list[QuantizedTensor]:

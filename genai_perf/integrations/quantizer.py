@@ -1,8 +1,8 @@
 """transformers' `quantization_config=GenaiPerfConfig("nf4")`: weights quantized as they are read.
 
 Registered under the name "genai_perf" when `genai_perf.integrations.transformers` is imported. A
-saved model carries no such name: it is written as bitsandbytes (nf4) or compressed-tensors (int4,
-int8, fp8), which transformers and vLLM load without this package.
+saved model carries no such name: it is written as bitsandbytes (nf4, fp4) or compressed-tensors
+(int4, int8, fp8), which transformers and vLLM load without this package.
 """
 
 import warnings
@@ -22,7 +22,7 @@ from ..nn.model import DEFAULT_SKIP, matches, three_dimensional
 from .expert_parts import stored_parts
 
 NAME = "genai_perf"
-STORED = ("nf4", "int4", "int8", "fp8")
+STORED = ("nf4", "fp4", "int4", "int8", "fp8")
 
 
 class LoadingQuantizer:
@@ -103,7 +103,7 @@ class LoadingQuantizer:
                 for key in module.tensor().state_dict(f"{name}."):
                     del state[key]
         for name, qweight in layers:
-            if qweight.format == "nf4":
+            if qweight.format in bitsandbytes.BOOKS:
                 # The maps are the same tensor for all layers, which save_pretrained refuses.
                 encoded = bitsandbytes.encode(name, qweight)
                 state |= {k: t.clone() if "quant_map" in k else t for k, t in encoded.items()}
@@ -114,7 +114,10 @@ class LoadingQuantizer:
         if schemes:
             return state, compressed_tensors.quantization_config(schemes, dense)
         return state, bitsandbytes.quantization_config(
-            dtype=model.dtype, skip=dense, double_quant=self.config.double_quant
+            dtype=model.dtype,
+            skip=dense,
+            format=self.config.format,
+            double_quant=self.config.double_quant,
         )
 
 
@@ -148,8 +151,8 @@ def register() -> type:
         """`from_pretrained(..., quantization_config=GenaiPerfConfig("nf4"))`.
 
         Args:
-            format: "nf4", "int4", "int8", "fp8", or another of `genai_perf.formats.FORMATS`, which
-                no checkpoint holds.
+            format: "nf4", "fp4", "int4", "int8", "fp8", or another of `genai_perf.formats.FORMATS`,
+                which no checkpoint holds.
             skip: layers to leave dense, as `genai_perf.quantize_model` takes them.
             group_size, double_quant, symmetric, granularity, activations: as QuantConfig.
 

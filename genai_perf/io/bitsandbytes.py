@@ -1,6 +1,6 @@
-"""The bitsandbytes dialect: nf4 weights, optionally with double quantization, and int8 weights.
+"""The bitsandbytes dialect: nf4 and fp4 weights, optionally with double quantization, and int8.
 
-For a linear layer P of shape (N, K), nf4:
+For a linear layer P of shape (N, K), nf4 (fp4 with its own name and code book):
     P.weight                                uint8 (ceil(N*K/2), 1), two codes a byte
     P.weight.absmax                         fp32 (blocks,); uint8 codes when double-quantized
     P.weight.quant_map                      fp32 (16,), the code book
@@ -23,16 +23,18 @@ import torch
 
 from .._checks import check_choice
 from .._errors import CheckpointError
-from ..formats import QuantizedTensor
+from ..formats import QuantizedTensor, get
 from ..formats.base import FLOATS
+from ..formats.code_book import NESTED_BLOCK
 from ..formats.dynamic_map import dynamic_map
-from ..formats.nf4 import NESTED_BLOCK, code_book
 from .checkpoints import Checkpoint
 from .stored import Stored
 
 METHOD = "bitsandbytes"
-STATE = "weight.quant_state.bitsandbytes__nf4"
-_PARTS = ("weight", "weight.absmax", "weight.quant_map", STATE)
+BOOKS = ("nf4", "fp4")
+_STATE = "weight.quant_state.bitsandbytes__"
+STATE = f"{_STATE}nf4"
+_PARTS = ("weight", "weight.absmax", "weight.quant_map")
 _NESTED_PARTS = ("weight.nested_absmax", "weight.nested_quant_map")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
@@ -42,7 +44,7 @@ def encode(name: str, qt: QuantizedTensor) -> dict[str, torch.Tensor]:
 
     Args:
         name: the module's full name.
-        qt: its weight in nf4 or int8, (N, K), also where the layer is a Conv1D, which
+        qt: its weight in nf4, fp4 or int8, (N, K), also where the layer is a Conv1D, which
             bitsandbytes loads as a linear one.
 
     Raises:
@@ -54,10 +56,10 @@ def encode(name: str, qt: QuantizedTensor) -> dict[str, torch.Tensor]:
             f"{name}.SCB": _row_absmax(qt.scale.reshape(-1)),
             f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8),
         }
-    if qt.format != "nf4":
-        raise CheckpointError(f"{name}: {METHOD} holds nf4 and int8, got {qt.format}")
+    if qt.format not in BOOKS:
+        raise CheckpointError(f"{name}: {METHOD} holds nf4, fp4 and int8, got {qt.format}")
     state = {
-        "quant_type": "nf4",
+        "quant_type": qt.format,
         "blocksize": qt.group_size,
         "dtype": str(qt.dtype).removeprefix("torch."),
         "shape": list(qt.shape),
@@ -65,14 +67,14 @@ def encode(name: str, qt: QuantizedTensor) -> dict[str, torch.Tensor]:
     tensors = {
         "weight": qt.qdata.reshape(-1, 1),
         "weight.absmax": qt.scale,
-        "weight.quant_map": code_book(),
+        "weight.quant_map": get(qt.format).book(),
     }
     if qt.nested_scale is not None:
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32",
                   "nested_offset": float(qt.scale_offset)}  # fmt: skip
         tensors |= {"weight.nested_absmax": qt.nested_scale,
                     "weight.nested_quant_map": dynamic_map()}  # fmt: skip
-    tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[_STATE + qt.format] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
 
 
@@ -90,18 +92,16 @@ def find(checkpoint: Checkpoint) -> dict[str, Stored]:
     """The quantized linear layers of a checkpoint in this dialect.
 
     Raises:
-        CheckpointError: fp4, or another kind of 8-bit layout than rows.
+        CheckpointError: another kind of 8-bit layout than rows.
     """
     config, names = checkpoint.quantization, checkpoint.names()
     found = {}
     for key in names:
-        if key.endswith("__fp4"):
-            raise CheckpointError(f"{checkpoint.path}: {key!r}: fp4 is not supported, nf4 is")
-        if config.get("load_in_4bit") and key.endswith(f".{STATE}"):
-            name = key.removesuffix(f".{STATE}")
-            keys = (f"{name}.{part}" for part in (*_PARTS, *_NESTED_PARTS))
+        name, _, form = key.partition(f".{_STATE}")
+        if config.get("load_in_4bit") and form in BOOKS:
+            keys = (f"{name}.{part}" for part in (*_PARTS, _STATE + form, *_NESTED_PARTS))
             keys = tuple(key for key in keys if key in checkpoint)
-            found[name] = Stored(keys, partial(decode, name))
+            found[name] = Stored(keys, partial(decode, name, format=form))
         elif config.get("load_in_8bit") and key.endswith(".SCB"):
             name = key.removesuffix(".SCB")
             keys = tuple(f"{name}.{part}" for part in ("weight", "SCB", "weight_format"))
@@ -129,13 +129,14 @@ def decode_int8(name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedTens
     return qt
 
 
-def decode(name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedTensor:
-    """The nf4 weight of the linear layer `name`.
+def decode(name: str, tensors: Mapping[str, torch.Tensor],
+           format: str = "nf4") -> QuantizedTensor:  # fmt: skip
+    """The nf4 or fp4 weight of the linear layer `name`.
 
     Raises:
-        CheckpointError: a tensor is missing or is not what its state says; fp4; another code book.
+        CheckpointError: a tensor is missing or is not what its state says; another code book.
     """
-    place = f"{name}.{STATE}"
+    place = f"{name}.{_STATE}{format}"
     try:
         state = json.loads(bytes(tensors[place].tolist()))
         dtype, shape = _DTYPES[state["dtype"]], torch.Size(state["shape"])
@@ -144,22 +145,22 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedTensor:
         if nested and int(state["nested_blocksize"]) != NESTED_BLOCK:
             raise ValueError(f"nested_blocksize {state['nested_blocksize']}")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{place}: does not describe an nf4 weight: {error!r}") from None
+        raise CheckpointError(f"{place}: does not describe an {format} weight: {error!r}") from None
     if missing := [part for part in (*_PARTS, *_NESTED_PARTS * nested)
                    if f"{name}.{part}" not in tensors]:  # fmt: skip
         raise CheckpointError(f"tensor '{name}.{missing[0]}' is missing")
     found = {part: tensors[f"{name}.{part}"] for part in (*_PARTS, *_NESTED_PARTS * nested)}
-    books = {"weight.quant_map": code_book()}
+    books = {"weight.quant_map": get(format).book()}
     if nested:
         books["weight.nested_quant_map"] = dynamic_map()
     for part, book in books.items():
         if found[part].shape != book.shape or not torch.equal(found[part].float(), book):
-            raise CheckpointError(f"{name}.{part}: is not the code book of nf4")
+            raise CheckpointError(f"{name}.{part}: is not the code book of {format}")
     qdata = found["weight"]
     if qdata.dtype != torch.uint8:  # packed into a wider dtype for FSDP: the same bytes
         qdata = qdata.contiguous().view(torch.uint8)
     scale = found["weight.absmax"] if nested else found["weight.absmax"].float()
-    qt = QuantizedTensor("nf4", shape, dtype, qdata.reshape(-1), scale, group_size=block,
+    qt = QuantizedTensor(format, shape, dtype, qdata.reshape(-1), scale, group_size=block,
                          nested_scale=found.get("weight.nested_absmax"),
                          scale_offset=offset)  # fmt: skip
     qt.check(f"{name}.weight: ")
@@ -173,15 +174,15 @@ def quantization_config(*, dtype: torch.dtype, skip: Iterable[str], format: str 
     Args:
         dtype: of the computation, that of the model.
         skip: names of the linear layers that are not quantized, lm_head among them.
-        format: "nf4" or "int8", of all quantized layers.
-        double_quant: nf4 with quantized scales.
+        format: "nf4", "fp4" or "int8", of all quantized layers.
+        double_quant: nf4 or fp4 with quantized scales.
     """
-    check_choice(METHOD, "format", format, ("nf4", "int8"))
+    check_choice(METHOD, "format", format, (*BOOKS, "int8"))
     return {
         "quant_method": METHOD,
-        "load_in_4bit": format == "nf4",
+        "load_in_4bit": format in BOOKS,
         "load_in_8bit": format == "int8",
-        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_type": "fp4" if format == "fp4" else "nf4",
         "bnb_4bit_use_double_quant": double_quant,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",

@@ -4,8 +4,8 @@ import torch
 
 from .._checks import check_choice, fail
 from ..formats.base import ceil_div
+from ..formats.code_book import BLOCK_SIZES
 from ..formats.dynamic_map import encode_blocks
-from ..formats.nf4 import BLOCK_SIZES
 from ..ops.optimizer_step import adamw_step, lion_step
 
 

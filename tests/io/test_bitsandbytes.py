@@ -1,4 +1,4 @@
-"""bitsandbytes reads our nf4 bytes to our own dequantized values, and we read its."""
+"""bitsandbytes reads our nf4 and fp4 bytes to our own dequantized values, and we read its."""
 
 import bitsandbytes as bnb
 import pytest
@@ -8,11 +8,11 @@ from genai_perf import CheckpointError, formats
 from genai_perf.io import bitsandbytes as dialect
 
 
-def make(shape=(48, 96), double_quant=False, dtype=torch.float32):
+def make(shape=(48, 96), double_quant=False, dtype=torch.float32, kind="nf4"):
     torch.manual_seed(0)
     weight = torch.randn(shape) * 0.05
     weight.view(-1)[:64] = 0  # a block that is all zero
-    return formats.get("nf4").quantize(weight.to(dtype), double_quant=double_quant)
+    return formats.get(kind).quantize(weight.to(dtype), double_quant=double_quant)
 
 
 def bitsandbytes_reads(tensors, name="p"):
@@ -29,33 +29,36 @@ def dequantized(data, state):
     return bnb.functional.dequantize_4bit(data, state).view(shape)
 
 
+@pytest.mark.parametrize("kind", dialect.BOOKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("shape", [(48, 96), (300, 256), (7, 9)], ids=str)
-def test_bitsandbytes_reads_our_values(shape, double_quant, dtype):
-    qt = make(shape, double_quant, dtype)
+def test_bitsandbytes_reads_our_values(shape, double_quant, dtype, kind):
+    qt = make(shape, double_quant, dtype, kind)
     read = bitsandbytes_reads(dialect.encode("p", qt))
     assert read.dtype == dtype and torch.equal(read, qt.dequantize())
 
 
+@pytest.mark.parametrize("kind", dialect.BOOKS)
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_we_read_what_bitsandbytes_writes(double_quant):
+def test_we_read_what_bitsandbytes_writes(double_quant, kind):
     torch.manual_seed(0)
-    linear = bnb.nn.Linear4bit(96, 40, bias=False, quant_type="nf4",
+    linear = bnb.nn.Linear4bit(96, 40, bias=False, quant_type=kind,
                                compress_statistics=double_quant)  # fmt: skip
     linear = linear.to("cpu")
     state = {f"p.{key}": value for key, value in linear.state_dict().items()}
-    qt = dialect.decode("p", state)
+    qt = dialect.decode("p", state, kind)
     expected = dequantized(linear.weight.data, linear.weight.quant_state)
     assert qt.shape == (40, 96) and torch.equal(qt.dequantize(), expected)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", dialect.BOOKS)
 @pytest.mark.parametrize("shape", [(48, 96), (7, 9)], ids=str)
-def test_decode_inverts_encode(shape, double_quant):
-    qt = make(shape, double_quant, torch.bfloat16)
+def test_decode_inverts_encode(shape, double_quant, kind):
+    qt = make(shape, double_quant, torch.bfloat16, kind)
     tensors = dialect.encode("p", qt)
-    back = dialect.decode("p", tensors)
+    back = dialect.decode("p", tensors, kind)
     for name, tensor in qt.components().items():
         assert torch.equal(getattr(back, name), tensor), name
     assert (back.shape, back.dtype, back.group_size) == (qt.shape, qt.dtype, qt.group_size)

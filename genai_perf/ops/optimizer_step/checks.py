@@ -4,7 +4,7 @@ import torch
 
 from ..._checks import check_choice, check_dtype, check_same, check_tensor, fail
 from ...formats.base import FLOATS, ceil_div
-from ...formats.nf4 import BLOCK_SIZES
+from ...formats.code_book import BLOCK_SIZES
 
 
 def check_step(op, p, grad, block_size, **moments) -> None:

@@ -35,6 +35,8 @@ WEIGHTS = {
     "nf4-double": ("nf4", {"double_quant": True}),
     "nf4-g32": ("nf4", {"group_size": 32}),
     "nf4-g256": ("nf4", {"group_size": 256, "double_quant": True}),
+    "fp4": ("fp4", {}),
+    "fp4-double": ("fp4", {"double_quant": True}),
     "int4": ("int4", {}),
     "int4-asymmetric": ("int4", {"symmetric": False}),
     "int4-g32-asymmetric-bf16": (

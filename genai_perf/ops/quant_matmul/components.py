@@ -3,6 +3,7 @@
 import torch
 
 from ..._checks import fail
+from ...formats import FORMATS, CodeBook
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -15,7 +16,8 @@ def check_components(format, n, k, weight, group_size) -> None:
         ValueError: a component of another size or dtype, or a group_size that the format lacks.
     """
     qdata, scale, zero, nested, shift = weight
-    if format == "nf4":
+    flat = isinstance(FORMATS.get(format), CodeBook)
+    if flat:
         codes, scales = -(-n * k // 2), -(-n * k // group_size) if group_size > 0 else -1
     elif format == "int4":
         codes = n * -(-k // 2)
@@ -23,7 +25,7 @@ def check_components(format, n, k, weight, group_size) -> None:
     else:
         blocks = -(-n // 128) * -(-k // 128)
         codes, scales = n * k, {0: 1, -1: n, 128: blocks}.get(group_size, -1)
-    if scales < 0 or (group_size > 0 and group_size % (32 if format == "nf4" else 8)):
+    if scales < 0 or (group_size > 0 and group_size % (32 if flat else 8)):
         fail("quant_matmul", "group_size", f"one of those of {format}", group_size)
     scale_dtypes = FLOATS if nested is None else BYTES
     want = [("qdata", qdata, codes, BYTES), ("scale", scale, scales, scale_dtypes)]

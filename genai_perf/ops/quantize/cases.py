@@ -29,6 +29,8 @@ VARIANTS = {
     "nf4": ("nf4", {}),
     "nf4-b128": ("nf4", {"group_size": 128}),
     "nf4-double": ("nf4", {"double_quant": True}),
+    "fp4": ("fp4", {}),
+    "fp4-double": ("fp4", {"double_quant": True}),
     "int4": ("int4", {}),
     "int4-row": ("int4", {"group_size": -1}),
     "int4-asym": ("int4", {"group_size": 32, "symmetric": False}),

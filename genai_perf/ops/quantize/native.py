@@ -1,18 +1,20 @@
 """C++ kernels on the CPU: the bits of the reference codecs, at the speed of memory."""
 
 import math
+from functools import partial
 
 import torch
 
 from ... import formats
 from ..._backends import native
 from ..._backends.native import DTYPE_CODES, lib, pointer, threads
-from ...formats import Spec, nf4
+from ...formats import Spec, code_book
 from ...formats.base import check_finite, from_parts
 from ...formats.dynamic_map import dynamic_map, kernel_tables
 
 # csrc/cpu/quantize.h: how one element is held in a byte, and what a quantizer found.
 CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2, "fp8_240": 3}
+BOOKS = {"nf4": 0, "fp4": 1}
 NONFINITE, SCALE_OVERFLOW = 1, 2
 
 
@@ -70,15 +72,16 @@ def _dequantize_scaled(qdata, scale, zero_point, nested, offset, format, group_s
                             pointer(out), DTYPE_CODES[out.dtype])  # fmt: skip
 
 
-def _quantize_nf4(x: torch.Tensor, spec: Spec, out: dict) -> int:
+def _quantize_book(x: torch.Tensor, spec: Spec, out: dict, book: int) -> int:
     blocks = -(-x.numel() // spec.group_size)
     absmax = torch.empty(blocks) if spec.double_quant else out["scale"]
-    status = lib().quantize_nf4(pointer(x), DTYPE_CODES[x.dtype], x.numel(), spec.group_size,
-                                pointer(out["qdata"]), pointer(absmax), threads())  # fmt: skip
+    status = lib().quantize_book(book, pointer(x), DTYPE_CODES[x.dtype], x.numel(),
+                                 spec.group_size, pointer(out["qdata"]), pointer(absmax),
+                                 threads())  # fmt: skip
     if spec.double_quant and not status:
         # torch's own mean, in the order of summation that the reference has.
-        out["scale_offset"] = nf4.mean(absmax)
-        _dynamic_codes(absmax, out["scale_offset"], nf4.NESTED_BLOCK, out["scale"],
+        out["scale_offset"] = code_book.mean(absmax)
+        _dynamic_codes(absmax, out["scale_offset"], code_book.NESTED_BLOCK, out["scale"],
                        out["nested_scale"])  # fmt: skip
     return status
 
@@ -100,10 +103,10 @@ def _dequantize_dynamic8(qdata, scale, zero_point, nested, offset, format, group
                              threads())  # fmt: skip
 
 
-def _dequantize_nf4(qdata, scale, zero_point, nested, offset, format, group_size, out) -> None:
-    lib().dequantize_nf4(pointer(qdata), pointer(scale), pointer(nested), pointer(offset),
-                         pointer(dynamic_map()), out.numel(), group_size, pointer(out),
-                         DTYPE_CODES[out.dtype], threads())  # fmt: skip
+def _dequantize_book(qdata, scale, zero_point, nested, offset, format, group_size, out) -> None:
+    lib().dequantize_book(BOOKS[format], pointer(qdata), pointer(scale), pointer(nested),
+                          pointer(offset), pointer(dynamic_map()), out.numel(), group_size,
+                          pointer(out), DTYPE_CODES[out.dtype], threads())  # fmt: skip
 
 
 def _groups(shape: tuple[int, ...], group_size: int, scale_dtype: torch.dtype) -> tuple[int, ...]:
@@ -130,12 +133,12 @@ def _encoder(format: str):
 
 
 _ENCODERS = {name: _encoder(name) for name in CODES} | {
-    "nf4": _quantize_nf4,
+    **{name: partial(_quantize_book, book=book) for name, book in BOOKS.items()},
     "int4": _quantize_int4,
     "dynamic8": _quantize_dynamic8,
 }
 _DECODERS = dict.fromkeys(CODES, _dequantize_scaled) | {
-    "nf4": _dequantize_nf4,
+    **dict.fromkeys(BOOKS, _dequantize_book),
     "int4": _dequantize_int4,
     "dynamic8": _dequantize_dynamic8,
 }

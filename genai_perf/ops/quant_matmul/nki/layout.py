@@ -6,8 +6,9 @@ A view where rows hold whole groups, which weights of models do; else a copy, ma
 import torch
 
 from ....formats import QuantizedTensor, get
+from ....formats.code_book import block_scales
 from ....formats.int4 import unpack
-from ....formats.nf4 import block_scales, code_book
+from ....formats.nf4 import code_book
 
 PARTITIONS = 128
 HALVES = (torch.bfloat16, torch.float16)

@@ -6,8 +6,8 @@ The kernels are imported by the first call that runs them: a machine without Tri
 
 from ...._backends import triton as toolchain
 
-# Values of the kernels' constexpr FORMAT.
-FORMATS = {"int8": 0, "fp8": 1, "fp8_240": 1, "fp8_e5m2": 2, "nf4": 3, "int4": 4}
+# Values of the kernels' constexpr FORMAT: fp4 is nf4 with another table.
+FORMATS = {"int8": 0, "fp8": 1, "fp8_240": 1, "fp8_e5m2": 2, "nf4": 3, "fp4": 3, "int4": 4}
 
 
 def _why_not(format: str, *tensors) -> str | None:

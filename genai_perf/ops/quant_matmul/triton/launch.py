@@ -6,8 +6,9 @@ from functools import cache
 import torch
 
 from ...._backends import triton as toolchain
+from ....formats import FORMATS as CODECS
+from ....formats import NF4, CodeBook
 from ....formats.dynamic_map import dynamic_map
-from ....formats.nf4 import code_book
 from ..components import check_components
 from . import FORMATS, configs
 from .kernels import (
@@ -19,9 +20,9 @@ from .kernels import (
 
 
 @cache
-def _table(device: torch.device) -> torch.Tensor:
-    """nf4's code book and the dynamic map, as `weights` reads them."""
-    return torch.cat([code_book(device), dynamic_map().to(device)])
+def _table(book: CodeBook, device: torch.device) -> torch.Tensor:
+    """The code book and the dynamic map, as `weights` reads them."""
+    return torch.cat([book.book(device), dynamic_map().to(device)])
 
 
 def _low_bit(number: int) -> int:
@@ -42,26 +43,27 @@ class Weight:
         if qdata.is_floating_point():
             qdata = qdata.view(torch.uint8)
         self.n, self.k, self.format, self.nested, self.zeros = n, k, format, nested, zero
+        self.flat = isinstance(CODECS[format], CodeBook)
+        book = CODECS[format] if self.flat else NF4
         group, rows, stride = group_size, 1, 1
         if format == "int4":
             group = k if group_size == -1 else group_size
             stride = -(-k // max(group, 1))
-        elif format != "nf4" and group_size == 128:
+        elif not self.flat and group_size == 128:
             rows, stride = 128, -(-k // 128)
-        elif format != "nf4":
+        elif not self.flat:
             group, rows = k, n if group_size == 0 else 1
         self.group = max(group, 1)
-        self.pointers = (qdata, scale, zero, nested, offset, _table(qdata.device))
+        self.pointers = (qdata, scale, zero, nested, offset, _table(book, qdata.device))
         self.numbers = (max(rows, 1), stride, self.group)
 
     def layout(self, block_k: int) -> dict[str, object]:
         """The constexprs that `weights.Layout` names, for tiles of block_k columns."""
-        flat = self.format == "nf4"
-        whole = not flat and self.group >= self.k
-        shared = math.gcd(self.k, self.group) if flat else self.group
+        whole = not self.flat and self.group >= self.k
+        shared = math.gcd(self.k, self.group) if self.flat else self.group
         return {
             "FORMAT": FORMATS[self.format],
-            "PAIRS": not flat or self.k % 2 == 0,
+            "PAIRS": not self.flat or self.k % 2 == 0,
             "RUN": block_k if whole else min(_low_bit(shared), block_k),
             "NESTED": self.nested is not None,
             "ZEROS": self.zeros is not None,

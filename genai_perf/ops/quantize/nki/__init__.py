@@ -97,6 +97,6 @@ def dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, gro
     else:  # each block a row of bytes
         rows = torch.nn.functional.pad(qdata, (0, -len(qdata) % (group_size // 2)))
         rows, groups = rows.view(-1, group_size // 2), 1
-        scales = formats.nf4.block_scales(qt)[:, None]
+        scales = formats.code_book.block_scales(qt)[:, None]
     out = toolchain.launch(rows_dequantize, rows, scales, table, groups == 1, example)
     return out.reshape(-1)[:count].view(shape)
