@@ -8,7 +8,9 @@
 
 namespace gp {
 
-enum class QuantFormat : int { int8 = 0, fp8 = 1, fp8_e5m2 = 2, nf4 = 3, int4 = 4, fp4 = 5 };
+enum class QuantFormat : int {
+  int8 = 0, fp8 = 1, fp8_e5m2 = 2, nf4 = 3, int4 = 4, fp4 = 5, int3 = 6, int2 = 7, fp8_e3m4 = 8
+};
 
 // Formats whose codes, in a book, are one sequence in blocks that run across row ends.
 constexpr bool has_book(QuantFormat f) { return f == QuantFormat::nf4 || f == QuantFormat::fp4; }
@@ -20,11 +22,12 @@ struct QuantWeight {
   const uint8_t* qdata;
   const void* scale;  // of scale_dtype; uint8 codes of dynamic_map when nested_scale is there
   DType scale_dtype;
-  const uint8_t* zero_point;  // int4: null means 8
+  const uint8_t* zero_point;  // intN: null means 2^(N-1)
   const float* nested_scale;  // books: one for 256 scales, null without double quantization
   const float* dynamic_map;   // books: 256 values
   const float* scale_offset;  // books: one value
-  int64_t group_size;         // int4, books: elements of a scale (-1: a row); fp8: -1, 0 or 128
+  int64_t group_size;         // int4, books: elements of a scale (-1: a row); fp8: -1, 0, 128 (a
+                              // 128 x 128 block) or -128 (128 of a row)
 };
 
 // Forward: x (m, k), y (m, n). Backward: x is dy (m, n), y is dx (m, k), bias is null.

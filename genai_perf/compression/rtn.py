@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from .. import formats
-from ..formats import QuantizedTensor, int4
+from ..formats import IntGroups, QuantizedTensor, int4
 from ..formats.base import FLOATS
 from .gptq import QuantizedResult, stands_for
 from .grid import GroupGrid
@@ -47,9 +47,10 @@ def solve(
         qweight = grid.pack(dense, weight.dtype if weight.dtype in FLOATS else torch.float32)
         new = stands_for(qweight)
         return QuantizedResult(qweight, new, relative_error(weight, new, hessian))
-    qweight = formats.get(format).quantize(
+    chosen = formats.get(format)
+    qweight = chosen.quantize(
         weight, group_size=group_size, symmetric=symmetric, double_quant=double_quant,
-        granularity=granularity, scale_dtype=scale_dtype if format == "int4" else None)  # fmt: skip
+        granularity=granularity, scale_dtype=scale_dtype if isinstance(chosen, IntGroups) else None)  # fmt: skip
     if format in ("int8", "fp8", "fp8_e5m2") and scale_dtype not in (None, torch.float32):
         qweight = _round_scales(weight, qweight, scale_dtype)
     new = stands_for(qweight)

@@ -2,7 +2,7 @@
 
 Registered under the name "genai_perf" when `genai_perf.integrations.transformers` is imported. A
 saved model carries no such name: it is written as bitsandbytes (nf4, fp4) or compressed-tensors
-(int4, int8, fp8), which transformers and vLLM load without this package.
+(int2 to int4, int8, fp8), which transformers and vLLM load without this package.
 """
 
 import warnings
@@ -22,7 +22,7 @@ from ..nn.model import DEFAULT_SKIP, matches, three_dimensional
 from .expert_parts import stored_parts
 
 NAME = "genai_perf"
-STORED = ("nf4", "fp4", "int4", "int8", "fp8")
+STORED = ("nf4", "fp4", "int4", "int3", "int2", "int8", "fp8")
 
 
 class LoadingQuantizer:
@@ -151,8 +151,8 @@ def register() -> type:
         """`from_pretrained(..., quantization_config=GenaiPerfConfig("nf4"))`.
 
         Args:
-            format: "nf4", "fp4", "int4", "int8", "fp8", or another of `genai_perf.formats.FORMATS`,
-                which no checkpoint holds.
+            format: one of "nf4", "fp4", "int4", "int3", "int2", "int8", "fp8", or another of
+                `genai_perf.formats.FORMATS`, which no checkpoint holds.
             skip: layers to leave dense, as `genai_perf.quantize_model` takes them.
             group_size, double_quant, symmetric, granularity, activations: as QuantConfig.
 

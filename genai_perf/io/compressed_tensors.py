@@ -1,4 +1,4 @@
-"""The compressed-tensors dialect (llm-compressor, vLLM): int4, int8 and fp8 weights.
+"""The compressed-tensors dialect (llm-compressor, vLLM): int2 to int4, int8 and fp8 weights.
 
     pack-quantized   weight_packed int32 (N, ceil(bits*K/32)), weight_shape int64 (2,),
                      weight_zero_point int32 (ceil(bits*N/32), K/g) when asymmetric, packed along N
@@ -7,7 +7,7 @@
     all              weight_scale: (N, K/g) groups, (N, 1) rows, (1,) tensor, (N/128, K/128) blocks
 
 Codes are unsigned in the packed words (q + 2^(bits-1)), a row one little-endian bit stream, so that
-int4 bytes are `QuantizedTensor`'s own. Source: compressed-tensors 0.20, `compressors/`.
+bytes of int2 to int4 are `QuantizedTensor`'s own. Source: compressed-tensors 0.20, `compressors/`.
 """
 
 import re
@@ -29,7 +29,8 @@ from .stored import Stored
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"  # of the library whose layout this is
 INT8_LAYOUTS = ("int-quantized", "pack-quantized")
-BITS = {"int4": 4, "int8": 8, "fp8": 8}
+BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "fp8": 8}
+_PACKED = ("int2", "int3", "int4")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 _STRATEGIES = {"channel": -1, "tensor": 0, "block": 128}  # -> QuantizedTensor.group_size
@@ -59,7 +60,7 @@ def scheme(qt: QuantizedTensor, *, int8: str = "int-quantized") -> Scheme:
     """The scheme under which `encode` stores `qt`.
 
     Args:
-        qt: weight (N, K) in int4, int8 or fp8.
+        qt: weight (N, K) in int2, int3, int4, int8 or fp8.
         int8: "int-quantized" or "pack-quantized", for int8 weights; both are weight-only and give
             the same values. vLLM serves weight-only int8 from "pack-quantized" alone.
 
@@ -70,7 +71,7 @@ def scheme(qt: QuantizedTensor, *, int8: str = "int-quantized") -> Scheme:
     if qt.format not in BITS or len(qt.shape) != 2:
         raise CheckpointError(f"{METHOD} cannot hold {qt.format} of shape {list(qt.shape)}: it "
                               f"takes 2-d weights in {', '.join(BITS)}")  # fmt: skip
-    layout = {"int4": "pack-quantized", "fp8": "float-quantized", "int8": int8}[qt.format]
+    layout = {"fp8": "float-quantized", "int8": int8}.get(qt.format, "pack-quantized")
     return Scheme(qt.format, qt.group_size, qt.zero_point is None, layout)
 
 
@@ -91,18 +92,20 @@ def encode(name: str, qt: QuantizedTensor, *,
     """
     found = scheme(qt, int8=int8)
     k = qt.shape[1]
-    if qt.format == "int4" and qt.group_size > 0 and k % qt.group_size:
+    if qt.format in _PACKED and qt.group_size > 0 and k % qt.group_size:
         raise CheckpointError(f"{name}: {METHOD} needs a group size that divides the {k} columns, "
                               f"got {qt.group_size}")  # fmt: skip
     scale = qt.scale.reshape(1) if found.format == "fp8" and qt.group_size == 0 else qt.scale
     tensors = {f"{name}.weight_scale": scale.contiguous()}
     if found.layout != "pack-quantized":
         return {f"{name}.weight": qt.qdata, **tensors}
-    row = qt.qdata if found.format == "int4" else qt.qdata.view(torch.uint8) ^ 128
+    row = qt.qdata if found.format in _PACKED else qt.qdata.view(torch.uint8) ^ 128
     tensors[f"{name}.weight_packed"] = words(row)
     tensors[f"{name}.weight_shape"] = torch.tensor(list(qt.shape), dtype=torch.int64)
     if qt.zero_point is not None:
-        tensors[f"{name}.weight_zero_point"] = transposed(words(pack(qt.zero_point.T)))
+        tensors[f"{name}.weight_zero_point"] = transposed(
+            words(pack(qt.zero_point.T, BITS[qt.format]))
+        )
     return tensors
 
 
@@ -131,12 +134,12 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor],
         packed = parts["weight_packed"]
         _expect(f"{name}.weight_packed", packed, torch.int32, (n, -(-k * bits // 32)))
         row = row_bytes(packed)[:, : -(-k * bits // 8)]
-        qdata = row if bits == 4 else (row ^ 128).view(torch.int8)
+        qdata = row if bits < 8 else (row ^ 128).view(torch.int8)
         if not scheme.symmetric:
             groups = scale.shape[-1]
             zeros = parts["weight_zero_point"]
             _expect(f"{name}.weight_zero_point", zeros, torch.int32, (-(-n * bits // 32), groups))
-            zero = transposed(unpack(row_bytes(transposed(zeros)), n))
+            zero = transposed(unpack(row_bytes(transposed(zeros)), n, bits))
     else:
         qdata = parts["weight"]
         if qdata.dim() != 2:
@@ -147,7 +150,7 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor],
         raise CheckpointError(f"{name}.weight_scale: must be floating point, got {dtype}")
     if scheme.group_size == 0:
         scale = scale.reshape(1, 1) if scale.numel() == 1 else scale
-    if scheme.format != "int4":  # whose scale keeps the dtype of the file
+    if scheme.format not in _PACKED:  # whose scale keeps the dtype of the file
         scale = scale.float()
     qt = QuantizedTensor(scheme.format, torch.Size((n, k)), dtype, qdata, scale, zero,
                          group_size=scheme.group_size)  # fmt: skip
@@ -218,7 +221,7 @@ def quantization_config(layers: Mapping[str, Scheme], ignore: Iterable[str]) -> 
 
 def _arguments(found: Scheme) -> dict:
     strategy = _GROUP_SIZES.get(found.group_size, "group")
-    if found.format == "int4" and found.group_size > 0:
+    if found.format in _PACKED and found.group_size > 0:
         strategy = "group"
     return {
         "num_bits": BITS[found.format],
@@ -274,10 +277,13 @@ def _parse(weights: Mapping, layout: object, place: str) -> Scheme:
     bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
     group_size = weights.get("group_size")
     symmetric = weights.get("symmetric", True)
-    name = {("int", 4): "int4", ("int", 8): "int8", ("float", 8): "fp8"}.get((kind, bits))
-    layouts = {"int4": ("pack-quantized",), "fp8": ("float-quantized", "naive-quantized"),
-               "int8": ("pack-quantized", "int-quantized", "naive-quantized")}  # fmt: skip
-    strategies = {"int4": ("group", "channel"), "int8": ("channel",), "fp8": tuple(_STRATEGIES)}
+    name = {("float", 8): "fp8"} | {("int", BITS[n]): n for n in (*_PACKED, "int8")}
+    name = name.get((kind, bits))
+    layouts = {"fp8": ("float-quantized", "naive-quantized"),
+               "int8": ("pack-quantized", "int-quantized", "naive-quantized"),
+               **dict.fromkeys(_PACKED, ("pack-quantized",))}  # fmt: skip
+    strategies = {"fp8": tuple(_STRATEGIES), "int8": ("channel",),
+                  **dict.fromkeys(_PACKED, ("group", "channel"))}  # fmt: skip
     if strategy is None:
         strategy = "group" if group_size else "tensor"
     reason = None
@@ -285,7 +291,7 @@ def _parse(weights: Mapping, layout: object, place: str) -> Scheme:
         reason = f"{bits}-bit {kind} in {layout}"
     elif strategy not in strategies[name]:
         reason = f"{name} weights by {strategy}"
-    elif not symmetric and name != "int4":
+    elif not symmetric and name not in _PACKED:
         reason = f"asymmetric {name} weights"
     elif weights.get("actorder") in ("group", "dynamic"):
         reason = "activation order by group"

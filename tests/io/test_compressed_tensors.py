@@ -18,6 +18,10 @@ CASES = {
     "int4-asymmetric-bf16": ("int4", dict(group_size=32, symmetric=False,
                                           scale_dtype=torch.bfloat16)),
     "int4-asymmetric-channel": ("int4", dict(group_size=-1, symmetric=False)),
+    "int3": ("int3", dict(group_size=32, scale_dtype=torch.bfloat16)),
+    "int3-asymmetric": ("int3", dict(group_size=32, symmetric=False)),
+    "int2-channel": ("int2", dict(group_size=-1)),
+    "int2-asymmetric": ("int2", dict(group_size=32, symmetric=False)),
     "int8": ("int8", {}),
     "fp8-row": ("fp8", {}),
     "fp8-tensor": ("fp8", dict(granularity="tensor")),
@@ -65,7 +69,7 @@ def test_library_reads_packed_int8():
     assert torch.equal(back.qdata, qt.qdata) and torch.equal(back.scale, qt.scale)
 
 
-GROUPED = [case for case in CASES if "int4" in case and "channel" not in case]
+GROUPED = [case for case in CASES if case[:4] in ("int4", "int3", "int2") and "channel" not in case]
 
 
 @pytest.mark.parametrize("case, shape", [

@@ -141,7 +141,7 @@ def test_configs_name_what_is_not_quantized(tmp_path):
 
 
 @pytest.mark.parametrize("layers, to, words", [
-    (lambda: int4(), "bitsandbytes", "holds nf4 and int8, got int4"),
+    (lambda: int4(), "bitsandbytes", "holds nf4, fp4 and int8, got int4"),
     (lambda: int4(symmetric=False), "gptq", "asymmetric int4"),
     (lambda: quantize("fp8"), "gptq", "got fp8"),
     (lambda: quantize("int8"), "gptq", "scales as fp16 or bf16"),

@@ -3,7 +3,7 @@
 import torch
 
 from ..._checks import fail
-from ...formats import FORMATS, CodeBook
+from ...formats import FORMATS, CodeBook, IntGroups
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -19,12 +19,13 @@ def check_components(format, n, k, weight, group_size) -> None:
     flat = isinstance(FORMATS.get(format), CodeBook)
     if flat:
         codes, scales = -(-n * k // 2), -(-n * k // group_size) if group_size > 0 else -1
-    elif format == "int4":
-        codes = n * -(-k // 2)
+    elif isinstance(FORMATS.get(format), IntGroups):
+        codes = n * -(-k * FORMATS[format].bits // 8)
         scales = n if group_size == -1 else n * -(-k // group_size) if group_size > 0 else -1
     else:
         blocks = -(-n // 128) * -(-k // 128)
-        codes, scales = n * k, {0: 1, -1: n, 128: blocks}.get(group_size, -1)
+        codes = n * k
+        scales = {0: 1, -1: n, 128: blocks, -128: n * -(-k // 128)}.get(group_size, -1)
     if scales < 0 or (group_size > 0 and group_size % (32 if flat else 8)):
         fail("quant_matmul", "group_size", f"one of those of {format}", group_size)
     scale_dtypes = FLOATS if nested is None else BYTES

@@ -9,7 +9,8 @@ from .components import FLOATS, check_components
 
 # csrc/cpu/quant_matmul.h holds the same numbers.
 INT8_COLUMNS = 131072  # as many products of two int8 stay within int32
-FORMAT_CODES = {"int8": 0, "fp8": 1, "fp8_240": 1, "fp8_e5m2": 2, "nf4": 3, "int4": 4, "fp4": 5}
+FORMAT_CODES = {"int8": 0, "fp8": 1, "fp8_240": 1, "fp8_e5m2": 2, "nf4": 3, "int4": 4, "fp4": 5,
+                "int3": 6, "int2": 7, "fp8_e3m4": 8}  # fmt: skip
 
 
 def why_not(x, qdata, scale, zero_point, nested_scale, scale_offset, bias,

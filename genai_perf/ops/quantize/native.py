@@ -19,10 +19,14 @@ NONFINITE, SCALE_OVERFLOW = 1, 2
 
 
 def why_not_quantize(x, format, *spec) -> str | None:
+    if format not in _ENCODERS:
+        return f"native does not quantize to {format}"
     return native.why_not(x)
 
 
 def why_not_dequantize(qdata, *rest) -> str | None:
+    if (format := next(a for a in rest if isinstance(a, str))) not in _DECODERS:
+        return f"native does not dequantize {format}"
     return native.why_not(qdata, *(t for t in rest if isinstance(t, torch.Tensor)))
 
 
@@ -55,7 +59,9 @@ def dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, gro
 def _tiles(shape: tuple[int, ...], format: str, group_size: int) -> tuple[int, ...]:
     """batch, rows, cols, row_block, col_block, code, threads of csrc/cpu/quantize.h ScaledArgs."""
     *lead, cols = shape
-    row_block, col_block = {0: (0, 0), -1: (1, cols)}.get(group_size, (group_size, group_size))
+    row_block, col_block = {0: (0, 0), -1: (1, cols), -128: (1, 128)}.get(
+        group_size, (group_size, group_size)
+    )
     rows = lead[-1] if lead else 1
     batch = math.prod(lead[:-1])
     return batch, rows, cols, row_block, col_block, CODES[format], threads()

@@ -13,16 +13,18 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def why_not(x, qdata, scale, zero_point, nested_scale, scale_offset, bias,
             format, group_size, n) -> str | None:  # fmt: skip
     tensors = (x, qdata, scale, zero_point, nested_scale, scale_offset, bias)
-    return toolchain.why_not(*tensors) or _why_not_format(format)
+    return toolchain.why_not(*tensors) or _why_not_format(format, group_size)
 
 
 def why_not_backward(dy, qdata, scale, zero_point, nested_scale, scale_offset,
                      format, group_size, k) -> str | None:  # fmt: skip
     weight = (qdata, scale, zero_point, nested_scale, scale_offset)
-    return toolchain.why_not(dy, *weight) or _why_not_format(format)
+    return toolchain.why_not(dy, *weight) or _why_not_format(format, group_size)
 
 
-def _why_not_format(format: str) -> str | None:
+def _why_not_format(format: str, group_size: int) -> str | None:
+    if format.startswith("fp8") and group_size == -128:
+        return "nki has no kernel for scales of 128 elements of a row"
     return None if format in FORMATS else f"nki has no kernel for {format} weights"
 
 

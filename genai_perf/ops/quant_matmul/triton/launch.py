@@ -49,8 +49,9 @@ class Weight:
         if format == "int4":
             group = k if group_size == -1 else group_size
             stride = -(-k // max(group, 1))
-        elif not self.flat and group_size == 128:
-            rows, stride = 128, -(-k // 128)
+        elif not self.flat and abs(group_size) == 128:
+            rows, stride = 128 if group_size > 0 else 1, -(-k // 128)
+            group = 128
         elif not self.flat:
             group, rows = k, n if group_size == 0 else 1
         self.group = max(group, 1)
