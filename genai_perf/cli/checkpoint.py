@@ -16,7 +16,9 @@ def convert(
     destination: Annotated[
         Path, typer.Argument(metavar="DST", help="Folder to write; must not exist.")
     ],
-    to: Annotated[str, typer.Option(help="compressed-tensors, gptq, bitsandbytes, or dense.")],
+    to: Annotated[
+        str, typer.Option(help="compressed-tensors, gptq, gptq_v2, awq, bitsandbytes, dense.")
+    ],
     int8: Annotated[
         str, typer.Option(help="Layout of int8 in compressed-tensors; vLLM needs pack-quantized.")
     ] = "int-quantized",

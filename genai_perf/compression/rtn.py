@@ -49,8 +49,13 @@ def solve(
         return QuantizedResult(qweight, new, relative_error(weight, new, hessian))
     chosen = formats.get(format)
     qweight = chosen.quantize(
-        weight, group_size=group_size, symmetric=symmetric, double_quant=double_quant,
-        granularity=granularity, scale_dtype=scale_dtype if isinstance(chosen, IntGroups) else None)  # fmt: skip
+        weight,
+        group_size=group_size,
+        symmetric=symmetric,
+        double_quant=double_quant,
+        granularity=granularity,
+        scale_dtype=scale_dtype if isinstance(chosen, IntGroups) else None,
+    )
     if format in ("int8", "fp8", "fp8_e5m2") and scale_dtype not in (None, torch.float32):
         qweight = _round_scales(weight, qweight, scale_dtype)
     new = stands_for(qweight)

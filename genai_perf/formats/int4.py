@@ -8,14 +8,14 @@ from .base import FLOATS, SCALE_FLOOR, Format, Layout, QuantizedTensor, Spec, ce
 
 
 class IntGroups(Format):
-    """qdata uint8 (..., ceil(bits*K/8)): unsigned codes u of b bits, each row one little-endian bit
-    stream: element i has bits b*i to b*i + b - 1, so that int4's element 2i is the low nibble of byte
-    i, and int3's eight elements take three bytes, with two of them across a byte's end.
+    """qdata uint8 (..., ceil(b*K/8)): unsigned codes u of b bits, each row one little-endian bit
+    stream: element i has bits b*i to b*i + b - 1. int4's element 2i is the low nibble of byte i;
+    int3's eight elements take three bytes, two of them across a byte's end.
 
     group_size elements of a row share a scale (128; -1: the row; a last group may be shorter).
     For int4 (h = 2^(b-1) in place of 8 in general), symmetric: u = q + 8,
     q = clamp(round_half_even(x / scale), -8, 7), scale = absmax / 7.5, dequantized (u - 8) * scale.
-    Asymmetric: scale = (max - min) / 15 over a range that holds 0,
+    Asymmetric: scale = (max - min) / (2^b - 1) over a range that holds 0,
     zero_point uint8 (..., K/g) = round(-min / scale), dequantized (u - zero_point) * scale.
     scale (..., ceil(K/g)) is rounded to scale_dtype before the codes are computed.
     Source: compressed-tensors, min-max round-to-nearest.

@@ -24,12 +24,12 @@ def load_compressed(path: str | Path, *, dtype: torch.dtype | None = None,
     quantized experts are `genai_perf.nn.QuantizedStack`.
 
     The packed weights go from the file into the modules as they are; no dense copy is made, when
-    loading or when running. Reads compressed-tensors int4, int8 and fp8, GPTQ int4 and int8, and
-    bitsandbytes nf4 and int8; activations stay in the model's dtype, also where the file asks for
-    8-bit ones. Experts that transformers stacks are the exception: they are dequantized as they are
-    loaded. Where `genai_perf.pack_sparse` has left its side file, pruned linears are `SparseLinear`
-    and compute from their kept values. A dense folder becomes the model that `from_pretrained`
-    gives.
+    loading or when running. Reads compressed-tensors int2 to int4, int8 and fp8, GPTQ int4 and
+    int8, AWQ int4, and bitsandbytes nf4, fp4 and int8; activations stay in the model's dtype, also
+    where the file asks for 8-bit ones. Where `genai_perf.pack_sparse` left its side file, pruned
+    linears are `SparseLinear` and compute from their kept values. A dense folder becomes the model
+    that `from_pretrained` gives. Of a stack some of whose experts are dense in the file all are read
+    dense, with a warning.
 
     Args:
         path: checkpoint folder.

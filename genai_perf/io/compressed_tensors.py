@@ -23,7 +23,7 @@ from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
 from ..formats.int4 import pack, unpack
 from .checkpoints import CONFIG, Checkpoint
-from .packing import row_bytes, transposed, words
+from .packing import expect, row_bytes, transposed, words
 from .stored import Stored
 
 METHOD = "compressed-tensors"
@@ -132,13 +132,13 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor],
             raise CheckpointError(f"{name}.weight_shape: must be two sizes, got {shape.tolist()}")
         n, k = shape.flatten().tolist()
         packed = parts["weight_packed"]
-        _expect(f"{name}.weight_packed", packed, torch.int32, (n, -(-k * bits // 32)))
+        expect(f"{name}.weight_packed", packed, (torch.int32,), (n, -(-k * bits // 32)))
         row = row_bytes(packed)[:, : -(-k * bits // 8)]
         qdata = row if bits < 8 else (row ^ 128).view(torch.int8)
         if not scheme.symmetric:
             groups = scale.shape[-1]
             zeros = parts["weight_zero_point"]
-            _expect(f"{name}.weight_zero_point", zeros, torch.int32, (-(-n * bits // 32), groups))
+            expect(f"{name}.weight_zero_point", zeros, (torch.int32,), (-(-n * bits // 32), groups))
             zero = transposed(unpack(row_bytes(transposed(zeros)), n, bits))
     else:
         qdata = parts["weight"]
@@ -320,9 +320,3 @@ def _patterns(targets: Iterable, place: str) -> list[Callable[[str, str], bool]]
         else:
             found.append(lambda name, kind, target=target: target in (name, kind))
     return found
-
-
-def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{name}: must be {dtype} {list(shape)}, "
-                              f"got {tensor.dtype} {list(tensor.shape)}")  # fmt: skip

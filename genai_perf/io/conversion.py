@@ -1,6 +1,6 @@
 """A quantized checkpoint in another dialect, layer by layer, without loss or not at all."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,12 +8,14 @@ import torch
 from .._checks import check_choice
 from .._errors import CheckpointError
 from ..formats import QuantizedTensor
-from . import bitsandbytes, compressed_tensors, gptq
+from . import awq, bitsandbytes, compressed_tensors, gptq
 from .checkpoints import CONFIG, Checkpoint, check_finite
 from .dialects import quantized_layers
 from .writer import ShardWriter
 
-TARGETS = (compressed_tensors.METHOD, gptq.METHOD, bitsandbytes.METHOD, "dense")
+GPTQ_V2 = "gptq_v2"
+TARGETS = (compressed_tensors.METHOD, gptq.METHOD, GPTQ_V2, awq.METHOD, bitsandbytes.METHOD,
+           "dense")  # fmt: skip
 # Models whose linear layers are Conv1D: their dense weight is stored transposed.
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _BATCH = 256 << 20  # bytes of tensors that wait to be written as one part
@@ -23,14 +25,15 @@ def convert(src: str | Path, dst: str | Path, to: str, *, int8: str = "int-quant
             max_shard_size: int | str = "5GB") -> Path:  # fmt: skip
     """Writes the quantized checkpoint `src` in the dialect `to`; one layer in memory at a time.
 
-    The codes and scales stay what they are: int4 goes between compressed-tensors and GPTQ, int8
-    between compressed-tensors, GPTQ and bitsandbytes, nf4 is bitsandbytes' own. "dense" writes the
+    The codes and scales stay what they are: int4 goes between compressed-tensors, GPTQ (version 1
+    only symmetric) and AWQ, int8 between compressed-tensors, GPTQ and bitsandbytes, nf4 and fp4 are
+    bitsandbytes' own. "dense" writes the
     dequantized weights, rounded once to the dtype of the model.
 
     Args:
         src: quantized checkpoint folder.
         dst: folder to create.
-        to: "compressed-tensors", "gptq", "bitsandbytes" or "dense".
+        to: "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes" or "dense".
         int8: layout of int8 weights in compressed-tensors, see `compressed_tensors.scheme`.
         max_shard_size: see `ShardWriter`.
 
@@ -63,7 +66,7 @@ def convert(src: str | Path, dst: str | Path, to: str, *, int8: str = "int-quant
                   if key != "quantization_config"}  # fmt: skip
         if to != "dense":
             config["quantization_config"] = target.config(dense_linears(checkpoint, others))
-        if to == gptq.METHOD:
+        if to in (gptq.METHOD, GPTQ_V2):
             writer.write_json(gptq.QUANTIZE_CONFIG, config["quantization_config"])
         return writer.commit(config)
 
@@ -85,8 +88,9 @@ class _Target:
                 raise CheckpointError(f"{name}: {self.to} has no layout for Conv1D layers")
             self.schemes[name] = compressed_tensors.scheme(qt, int8=self.int8)
             return compressed_tensors.encode(name, qt, int8=self.int8)
-        encode: Callable = gptq.encode if self.to == gptq.METHOD else bitsandbytes.encode
-        tensors = encode(name, qt)
+        encoders = {gptq.METHOD: gptq.encode, GPTQ_V2: partial(gptq.encode, version=2),
+                    awq.METHOD: awq.encode, bitsandbytes.METHOD: bitsandbytes.encode}  # fmt: skip
+        tensors = encoders[self.to](name, qt)
         size = -1 if qt.group_size == qt.shape[1] else qt.group_size
         options = (qt.format, size, qt.nested_scale is not None)
         if options != (self.common or options):
@@ -99,10 +103,13 @@ class _Target:
         if self.to == compressed_tensors.METHOD:
             return compressed_tensors.quantization_config(self.schemes, skip)
         form, group_size, nested = self.common
-        if self.to == gptq.METHOD:
+        if self.to == awq.METHOD:
+            return awq.quantization_config(group_size=group_size, skip=skip)
+        if self.to in (gptq.METHOD, GPTQ_V2):
             inside = [name for name in skip if name != "lm_head"]
             return gptq.quantization_config(bits=4 if form == "int4" else 8,
-                                            group_size=group_size, skip=inside)  # fmt: skip
+                                            group_size=group_size, skip=inside,
+                                            version=1 + (self.to == GPTQ_V2))  # fmt: skip
         return bitsandbytes.quantization_config(format=form, dtype=self.dtype, skip=skip,
                                                 double_quant=nested)  # fmt: skip
 

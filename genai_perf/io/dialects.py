@@ -1,11 +1,11 @@
 """Which dialect a checkpoint is written in, and its quantized layers."""
 
 from .._errors import CheckpointError
-from . import bitsandbytes, compressed_tensors, gptq
+from . import awq, bitsandbytes, compressed_tensors, gptq
 from .checkpoints import CONFIG, Checkpoint
 from .stored import Stored
 
-DIALECTS = {d.METHOD: d for d in (compressed_tensors, bitsandbytes, gptq)}
+DIALECTS = {d.METHOD: d for d in (compressed_tensors, bitsandbytes, gptq, awq)}
 
 
 def quantized_layers(checkpoint: Checkpoint) -> dict[str, Stored]:

@@ -7,8 +7,8 @@ For a linear layer P of shape (N, K), b bits, groups of g:
     P.g_idx    int32 (K)           the group of each input
 
 w[n, k] = scales[g_idx[k], n] * (code - zero). Version 1 (`checkpoint_format: gptq`) stores
-zero - 1, version 2 (`gptq_v2`) the zero itself. Written here: version 1, symmetric (zero 8 or 128),
-which every server reads; an asymmetric zero of 0 cannot be stored in version 1.
+zero - 1, version 2 (`gptq_v2`) the zero itself. Written by default: version 1, symmetric (zero 8 or
+128), which every server reads; an asymmetric zero of 0 cannot be stored in version 1.
 Source: GPTQModel 7.7, `nn_modules/qlinear`; AutoGPTQ pull request 325 on the zero.
 """
 
@@ -20,9 +20,9 @@ import torch
 from .._errors import CheckpointError
 from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
-from ..formats.int4 import unpack
+from ..formats.int4 import pack, unpack
 from .checkpoints import CONFIG, Checkpoint
-from .packing import row_bytes, transposed, words
+from .packing import expect, half_scales, row_bytes, transposed, words
 from .stored import Stored
 
 METHOD = "gptq"
@@ -31,21 +31,23 @@ _BITS = {"int4": 4, "int8": 8}
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def encode(name: str, qt: QuantizedTensor) -> dict[str, torch.Tensor]:
+def encode(name: str, qt: QuantizedTensor, version: int = 1) -> dict[str, torch.Tensor]:
     """The tensors that stand for the weight of the linear layer `name`.
 
     Args:
         name: the module's full name.
-        qt: symmetric int4 or int8 weight (N, K).
+        qt: int4 or int8 weight (N, K); symmetric under version 1.
+        version: 1, or 2, whose zero points are stored as they are.
 
     Raises:
         CheckpointError: what this dialect cannot hold without loss: another format, asymmetric
-            groups, sizes that do not pack, scales that are not fp16 or bf16 numbers.
+            groups under version 1, sizes that do not pack, scales that fp16 and bf16 lack.
     """
     bits = _BITS.get(qt.format)
-    if bits is None or qt.zero_point is not None or len(qt.shape) != 2:
+    if bits is None or (qt.zero_point is not None and version == 1) or len(qt.shape) != 2:
         what = qt.format if bits is None else f"asymmetric {qt.format}"
-        raise CheckpointError(f"{name}: {METHOD} holds symmetric int4 and int8 weights, got {what}")
+        raise CheckpointError(f"{name}: {METHOD} holds symmetric int4 and int8 weights (version 2: "
+                              f"also asymmetric int4), got {what}")  # fmt: skip
     n, k = qt.shape
     group = k if qt.group_size == -1 else qt.group_size
     per_word = 32 // bits
@@ -57,22 +59,18 @@ def encode(name: str, qt: QuantizedTensor) -> dict[str, torch.Tensor]:
                 f"{name}: {METHOD} needs {what}, got {n} x {k}, groups of {group}"
             )
     row = qt.qdata if bits == 4 else qt.qdata.view(torch.uint8) ^ 128
-    zero = int.from_bytes(bytes([0x77 if bits == 4 else 0x7F] * 4), "little")
+    if qt.zero_point is not None:
+        zeros = words(pack(transposed(qt.zero_point)))
+    else:
+        zero = (0x88 if bits == 4 else 0x80) - (0x11 if bits == 4 else 0x01) * (version == 1)
+        whole = int.from_bytes(bytes([zero] * 4), "little", signed=True)
+        zeros = torch.full((k // group, n // per_word), whole, dtype=torch.int32)
     return {
         f"{name}.qweight": transposed(words(row)),
-        f"{name}.qzeros": torch.full((k // group, n // per_word), zero, dtype=torch.int32),
-        f"{name}.scales": transposed(_half(name, qt.scale)),
+        f"{name}.qzeros": zeros,
+        f"{name}.scales": transposed(half_scales(name, qt.scale, METHOD)),
         f"{name}.g_idx": torch.arange(k, dtype=torch.int32) // group,
     }
-
-
-def _half(name: str, scale: torch.Tensor) -> torch.Tensor:
-    """The scales in fp16 or bf16, without loss."""
-    for dtype in (torch.float16, torch.bfloat16):
-        if torch.equal(scale.to(dtype).to(scale.dtype), scale):
-            return scale.to(dtype)
-    raise CheckpointError(f"{name}: {METHOD} stores scales as fp16 or bf16, these are neither: "
-                          f"quantize with scale_dtype=torch.float16")  # fmt: skip
 
 
 def find(checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -122,9 +120,7 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], *, bits: int, group_s
         ("qzeros", zeros, (torch.int32,), (groups, -(-n // per_word))),
         ("scales", scales, FLOATS, (groups, n)),
     ):
-        if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{name}.{part}: must be {dtypes[0]} {list(shape)}, "
-                                  f"got {tensor.dtype} {list(tensor.shape)}")  # fmt: skip
+        expect(f"{name}.{part}", tensor, dtypes, shape)
     order = tensors.get(f"{name}.g_idx")
     if order is not None and not torch.equal(order.long(), torch.arange(k) // group):
         raise CheckpointError(f"{name}.g_idx: inputs out of the order of their groups "
@@ -149,13 +145,15 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], *, bits: int, group_s
     return qt
 
 
-def quantization_config(*, bits: int, group_size: int, skip: Iterable[str] = ()) -> dict:
+def quantization_config(*, bits: int, group_size: int, skip: Iterable[str] = (),
+                        version: int = 1) -> dict:  # fmt: skip
     """The `quantization_config` of config.json, and the content of quantize_config.json.
 
     Args:
         bits: 4 or 8, the same for all layers.
         group_size: inputs that share a scale, the same for all layers; -1: all.
         skip: linear layers inside the blocks that are not quantized (lm_head never is).
+        version: as `encode`; under 2 groups may be asymmetric.
     """
     dynamic = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in sorted(skip)}
     return {
@@ -163,9 +161,9 @@ def quantization_config(*, bits: int, group_size: int, skip: Iterable[str] = ())
         "bits": bits,
         "group_size": group_size,
         "desc_act": False,
-        "sym": True,
+        "sym": version == 1,
         "lm_head": False,
-        "checkpoint_format": "gptq",
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
         "pack_dtype": "int32",
         "true_sequential": True,
         "damp_percent": 0.01,

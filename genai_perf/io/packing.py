@@ -1,6 +1,10 @@
 """Bytes as 32-bit words, as the packed dialects store them (little-endian)."""
 
+from collections.abc import Collection
+
 import torch
+
+from .._errors import CheckpointError
 
 
 def words(row_bytes: torch.Tensor) -> torch.Tensor:
@@ -20,3 +24,20 @@ def transposed(matrix: torch.Tensor) -> torch.Tensor:
     """The transpose, contiguous, with the strides of a fresh tensor also where a size is 1."""
     rows, columns = matrix.shape
     return matrix.T.contiguous().view(-1).view(columns, rows)
+
+
+def expect(name: str, tensor: torch.Tensor, dtypes: Collection[torch.dtype],
+           shape: tuple[int, ...]) -> None:  # fmt: skip
+    """Raises CheckpointError unless the stored tensor has the shape and one of the dtypes."""
+    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{name}: must be {next(iter(dtypes))} {list(shape)}, "
+                              f"got {tensor.dtype} {list(tensor.shape)}")  # fmt: skip
+
+
+def half_scales(name: str, scale: torch.Tensor, method: str) -> torch.Tensor:
+    """The scales in fp16 or bf16, without loss."""
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(scale.to(dtype).to(scale.dtype), scale):
+            return scale.to(dtype)
+    raise CheckpointError(f"{name}: {method} stores scales as fp16 or bf16, these are neither: "
+                          f"quantize with scale_dtype=torch.float16")  # fmt: skip

@@ -155,7 +155,7 @@ def test_refused_to_write():
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"num_bits": 3}, "3-bit int"),
+    ({"num_bits": 5}, "5-bit int"),
     ({"type": "float"}, "4-bit float"),
     ({"actorder": "group"}, "activation order"),
     ({"strategy": "tensor"}, "by tensor"),

@@ -70,6 +70,14 @@ def test_reads_asymmetric_zeros_of_both_versions(version, plus):
     assert torch.equal(qt.dequantize(torch.float32).double(), expected)
 
 
+def test_writes_asymmetric_zeros_in_version_2():
+    qt = make(symmetric=False)
+    tensors = gptq.encode("p", qt, version=2)
+    assert torch.equal(by_definition(tensors, "p", plus=0), qt.dequantize(torch.float32).double())
+    back = gptq.decode("p", tensors, bits=4, group_size=32, version=2)
+    assert torch.equal(back.zero_point, qt.zero_point)
+
+
 def test_scales_that_only_bf16_has():
     qt = make(dtype=torch.bfloat16)
     qt.scale = qt.scale * 2.0**40

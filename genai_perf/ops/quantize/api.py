@@ -54,15 +54,15 @@ def quantize(x: torch.Tensor, format: str, *, group_size: int | None = None,
         format: a name of `genai_perf.formats.FORMATS`: "int8", "fp8", "fp8_e5m2", "fp8_240" (fp8 up
             to 240, as AWS trn1 and trn2 have it), "fp8_e3m4", "nf4", "fp4", "int4", "int3", "int2",
             "dynamic8".
-        group_size: elements that share a scale. int4, int3, int2: along a row, a multiple of 8 (128) or -1 for
-            the row; nf4, fp4 and dynamic8: consecutive ones, a power of two from 32 to 4096 (64,
-            64, 256).
+        group_size: elements that share a scale. int4, int3, int2: along a row, a multiple of 8
+            (128) or -1 for the row; nf4, fp4 and dynamic8: consecutive ones, a power of two from 32
+            to 4096 (64, 64, 256).
         double_quant: nf4 and fp4: hold the scales in 8 bits too, 4.13 bits a weight instead of 4.5.
         symmetric: int4, int3, int2: no zero point.
         granularity: fp8: "tensor", "row" (the default), "group" (128 elements of a row) or "block"
             (128x128).
-        scale_dtype: int4, int3, int2: round the scales to this dtype before the codes are computed, so that a
-            checkpoint that stores them so is exact (fp32).
+        scale_dtype: int4, int3, int2: round the scales to this dtype before the codes are computed,
+            so that a checkpoint that stores them so is exact (fp32).
         allow_nonfinite: fp8: let infinities saturate and keep NaN, instead of refusing them.
         backend: "native" or "reference"; the first that can run it by default.
 
