@@ -1,7 +1,7 @@
 """Drop-in modules."""
 
 from .experts import QuantizedStack
-from .linear import QuantConfig, QuantizedWeight, QuantLinear
+from .linear import QuantConfig, QuantizedWeight, QuantLinear, shardable
 from .model import QuantizationRecord, quantize_model
 from .multihead import MultiheadAttention
 from .selfattention import GroupedQueryAttention
@@ -17,4 +17,5 @@ __all__ = [
     "QuantizedWeight",
     "SparseLinear",
     "quantize_model",
+    "shardable",
 ]

@@ -64,10 +64,23 @@ class QuantizedWeight(nn.Module):
         self._last: QuantizedTensor | None = None
         self.format, self.group_size = qweight.format, qweight.group_size
         self.shape, self.dtype = qweight.shape, qweight.dtype
-        for name, tensor in qweight.state_dict().items():
-            self._buffers[name] = tensor.to(qweight.device)
         for name in set(COMPONENTS) - qweight.components().keys():
             self._buffers[name] = None
+        for name, tensor in qweight.state_dict().items():
+            if name in self._parameters:
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self._buffers[name] = tensor.to(qweight.device)
+
+    def as_parameters(self) -> None:
+        """Makes frozen parameters of the components, which FSDP2's `fully_shard` shards as it shards
+        no buffer; see `shardable`."""
+        for name in COMPONENTS:
+            tensor = self._buffers.get(name)
+            if tensor is not None and tensor.dim():
+                del self._buffers[name]
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._last = None
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +89,8 @@ class QuantizedWeight(nn.Module):
     def tensor(self) -> QuantizedTensor:
         """The quantized weight; its components are the buffers themselves."""
         b, last = self._buffers, self._last
+        if self._parameters:
+            b = {**b, **self._parameters}
         if torch.compiler.is_compiling():
             return self._tensor(b)
         if (
@@ -98,9 +113,9 @@ class QuantizedWeight(nn.Module):
     def _apply(self, fn, recurse=True):
         for name, buffer in self._buffers.items():
             if buffer is not None:
-                moved = fn(buffer)
-                same = moved.dtype == buffer.dtype
-                self._buffers[name] = moved if same else buffer.to(moved.device)
+                self._buffers[name] = _moved(buffer, fn)
+        for name, parameter in self._parameters.items():
+            self._parameters[name] = nn.Parameter(_moved(parameter.data, fn), requires_grad=False)
         asked = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         if asked != self.dtype and asked in FLOATS:
             self.dtype = asked
@@ -138,6 +153,30 @@ class QuantizedWeight(nn.Module):
             f"{self.format}, shape={tuple(self.shape)}, group_size={self.group_size}, "
             f"{qweight.nbytes} bytes, {bits:.2f} bits a weight"
         )
+
+
+def _moved(tensor: torch.Tensor, fn) -> torch.Tensor:
+    """What `fn` makes of the tensor, but in its own dtype."""
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+
+def shardable(model: nn.Module) -> nn.Module:
+    """Prepares quantized layers for `torch.distributed.fsdp.fully_shard`, in place.
+
+    FSDP2 shards parameters and leaves buffers whole on every rank. This makes frozen parameters of
+    the codes and scales of every quantized layer and stack of experts; call it before
+    `fully_shard`. Names in the state dict stay as they are.
+
+    Raises:
+        ValueError: the model has no quantized layer.
+    """
+    weights = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    if not weights:
+        fail("shardable", "model", "one with quantized layers", type(model).__name__)
+    for weight in weights:
+        weight.as_parameters()
+    return model
 
 
 class QuantLinear(nn.Module):

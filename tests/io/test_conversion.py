@@ -157,7 +157,7 @@ def test_what_cannot_be_held_is_refused_by_name(tmp_path, layers, to, words):
 
 def test_refused(tmp_path):
     folder(tmp_path / "a", "compressed-tensors", int4())
-    with pytest.raises(ValueError, match="convert: to must be one of .*'gptq'.*, got 'awq'"):
-        convert(tmp_path / "a", tmp_path / "b", "awq")
+    with pytest.raises(ValueError, match="convert: to must be one of .*'gptq'.*, got 'exl2'"):
+        convert(tmp_path / "a", tmp_path / "b", "exl2")
     with pytest.raises(CheckpointError, match="exists"):
         convert(tmp_path / "a", tmp_path / "a", "gptq")
