@@ -77,8 +77,12 @@ def validate(path: str | Path, target: str, *, tp: int = 1) -> Validation:
         taken = {key for stored in found.values() for key in stored.keys}
         dense = dense_linears(checkpoint, [n for n in checkpoint.names() if n not in taken])
         check = _Check(checkpoint, layers, dense, tp)
+        method = checkpoint.quantization["quant_method"]
         dialect = {compressed_tensors.METHOD: "ct", gptq.METHOD: "gptq",
-                   bitsandbytes.METHOD: "bnb"}[checkpoint.quantization["quant_method"]]  # fmt: skip
+                   bitsandbytes.METHOD: "bnb"}.get(method)  # fmt: skip
+        if dialect is None:
+            result.notes.append(f"{method}: what {target} asks of this dialect is not known here")
+            return result
         for rule in (f"common_{dialect}", target, f"{target}_{dialect}"):
             for (error, text), subjects in _grouped(getattr(check, rule)()).items():
                 more = f" and {len(subjects) - 1} more" if len(subjects) > 1 else ""

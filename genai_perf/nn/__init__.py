@@ -1,6 +1,7 @@
 """Drop-in modules."""
 
 from .experts import QuantizedStack
+from .fp8_training import Fp8Linear, train_in_fp8
 from .linear import QuantConfig, QuantizedWeight, QuantLinear, shardable
 from .model import QuantizationRecord, quantize_model
 from .multihead import MultiheadAttention
@@ -8,6 +9,7 @@ from .selfattention import GroupedQueryAttention
 from .sparse import SparseLinear
 
 __all__ = [
+    "Fp8Linear",
     "GroupedQueryAttention",
     "MultiheadAttention",
     "QuantConfig",
@@ -18,4 +20,5 @@ __all__ = [
     "SparseLinear",
     "quantize_model",
     "shardable",
+    "train_in_fp8",
 ]

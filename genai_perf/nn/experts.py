@@ -73,17 +73,19 @@ class QuantizedStack(nn.Module):
     Args:
         weights: one (out_features, in_features) weight an expert, all of one shape.
         transposed: of the parameter, see `Stack`.
-        activations, backend: of `quant_matmul`.
+        activations, threshold, backend: of `quant_matmul`.
     """
 
     def __init__(self, weights: Sequence[QuantizedTensor], *, transposed: bool,
-                 activations: str | None = None, backend: str | None = None):  # fmt: skip
+                 activations: str | None = None, threshold: float = 0.0,
+                 backend: str | None = None):  # fmt: skip
         super().__init__()
         if not weights or any(w.shape != weights[0].shape or len(w.shape) != 2 for w in weights):
             fail("QuantizedStack", "weights", "one or more of one shape (N, K)",
                  str([tuple(w.shape) for w in weights]))  # fmt: skip
         self.weights = nn.ModuleList(map(QuantizedWeight, weights))
-        self.transposed, self.activations, self.backend = transposed, activations, backend
+        self.transposed, self.backend = transposed, backend
+        self.activations, self.threshold = activations, threshold
 
     @classmethod
     def from_float(cls, stack: torch.Tensor, config: str | QuantConfig, *,
@@ -96,7 +98,7 @@ class QuantizedStack(nn.Module):
         config = QuantConfig.of(config)
         rows = [(m.T if transposed else m).contiguous() for m in stack.detach()]
         return cls([config.quantize(matrix) for matrix in rows], transposed=transposed,
-                   activations=config.activations)  # fmt: skip
+                   activations=config.activations, threshold=config.threshold)  # fmt: skip
 
     @property
     def shape(self) -> torch.Size:
@@ -130,7 +132,7 @@ class QuantizedStack(nn.Module):
     def product(self, x: torch.Tensor, index: int, bias: torch.Tensor | None = None):
         """x (..., in_features) times expert `index`, plus bias: (..., out_features)."""
         return quant_matmul(x, self.weights[index].tensor(), bias, activations=self.activations,
-                            backend=self.backend)  # fmt: skip
+                            threshold=self.threshold, backend=self.backend)  # fmt: skip
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The stack that this stands for, as the parameter had it."""

@@ -9,7 +9,7 @@ from .._checks import fail
 from .._errors import CheckpointError
 from ..formats import QuantizedTensor, get
 from ..formats.base import COMPONENTS, FLOATS
-from ..ops.quant_matmul import quant_matmul
+from ..ops.quant_matmul import outliers, quant_matmul
 from ..ops.quantize import quantize
 
 _ELSEWHERE = object()
@@ -20,6 +20,7 @@ class QuantConfig:
     """A format and its options, as the keywords of `genai_perf.quantize`.
 
     activations: "int8" to round those of each token too, before they meet int8 weights.
+    threshold: with it, columns of activations this large stay as they are; of `quant_matmul`.
     """
 
     format: str
@@ -29,18 +30,20 @@ class QuantConfig:
     granularity: str | None = None
     scale_dtype: torch.dtype | None = None
     activations: str | None = None
+    threshold: float = 0.0
 
     def __post_init__(self):
         get(self.format).spec(**self._options())
         if self.activations is not None and (self.activations, self.format) != ("int8", "int8"):
             fail("QuantConfig", "activations", "None, or 'int8' with the format int8",
                  f"{self.activations!r} with {self.format}")  # fmt: skip
+        outliers.check(self.activations, self.threshold)
 
     def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
         return quantize(weight, self.format, **self._options())
 
     def _options(self) -> dict:
-        mine = ("format", "activations")
+        mine = ("format", "activations", "threshold")
         return {name: value for name, value in asdict(self).items() if name not in mine}
 
     @classmethod
@@ -73,8 +76,7 @@ class QuantizedWeight(nn.Module):
                 self._buffers[name] = tensor.to(qweight.device)
 
     def as_parameters(self) -> None:
-        """Makes frozen parameters of the components, which FSDP2's `fully_shard` shards as it shards
-        no buffer; see `shardable`."""
+        """Makes frozen parameters of the components; see `shardable`."""
         for name in COMPONENTS:
             tensor = self._buffers.get(name)
             if tensor is not None and tensor.dim():
@@ -189,12 +191,12 @@ class QuantLinear(nn.Module):
         in_features, out_features: K and N.
         qweight: quantized weight of shape (N, K).
         bias: (N) or None; a Parameter is kept as it is.
-        activations, backend: of `quant_matmul`; backend None: the best that runs.
+        activations, threshold, backend: of `quant_matmul`; backend None: the best that runs.
     """
 
     def __init__(self, in_features: int, out_features: int, qweight: QuantizedTensor,
                  bias: torch.Tensor | None = None, *, activations: str | None = None,
-                 backend: str | None = None):  # fmt: skip
+                 threshold: float = 0.0, backend: str | None = None):  # fmt: skip
         super().__init__()
         if tuple(qweight.shape) != (out_features, in_features):
             fail("QuantLinear", "qweight", f"of shape {(out_features, in_features)}",
@@ -202,7 +204,7 @@ class QuantLinear(nn.Module):
         if bias is not None and tuple(bias.shape) != (out_features,):
             fail("QuantLinear", "bias", f"of shape {(out_features,)}", f"shape {tuple(bias.shape)}")
         self.in_features, self.out_features = in_features, out_features
-        self.activations, self.backend = activations, backend
+        self.activations, self.threshold, self.backend = activations, threshold, backend
         self.weight = QuantizedWeight(qweight)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
@@ -225,7 +227,8 @@ class QuantLinear(nn.Module):
         n, k = weight.shape
         config = QuantConfig.of(config)
         qweight = config.quantize(weight)
-        return cls(k, n, qweight, linear.bias, activations=config.activations)
+        return cls(k, n, qweight, linear.bias, activations=config.activations,
+                   threshold=config.threshold)  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Past nn.Module's own look-up of attributes, 1 us a call.
@@ -233,7 +236,8 @@ class QuantLinear(nn.Module):
         if bias is _ELSEWHERE:
             bias = self.bias  # parametrized
         return quant_matmul(x, self._modules["weight"].tensor(), bias,
-                            activations=self.activations, backend=self.backend)  # fmt: skip
+                            activations=self.activations, threshold=self.threshold,
+                            backend=self.backend)  # fmt: skip
 
     def extra_repr(self) -> str:
         return (

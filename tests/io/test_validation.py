@@ -87,7 +87,7 @@ def without(name):
     ("vllm", lambda: layers(), {"change": lambda c: c.update(config_groups={
         "g": c["config_groups"]["group_0"] | {"targets": ["re:.*proj", "model.layers.7.q_proj"]}})},
      "'model.layers.7.q_proj', which is not quantized"),
-    ("vllm", lambda: layers(), {"change": lambda c: c.update(quant_method="awq")}, "'awq'"),
+    ("vllm", lambda: layers(), {"change": lambda c: c.update(quant_method="exl2")}, "'exl2'"),
     ("vllm", lambda: layers("nf4"), {"method": "bnb",
      "change": lambda c: c.update(llm_int8_skip_modules=[])}, "lm_head: is dense"),
     ("transformers", lambda: layers(symmetric=False), {}, "q_proj.*: packed zero points"),

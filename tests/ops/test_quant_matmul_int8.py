@@ -142,3 +142,63 @@ def test_bad_choices_are_named():
         gp.quant_matmul(x, other, activations="int8")
     with pytest.raises(ValueError, match="activations must be None, or 'int8' with"):
         QuantConfig("nf4", activations="int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_outlier_columns_are_not_rounded(dtype):
+    """LLM.int8 against its parts in float64; the rounding of all columns is far worse."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(96, 256, generator=generator) * 0.05
+    q, bias = gp.quantize(dense, "int8"), torch.randn(96, generator=generator)
+    x = torch.randn(3, 5, 256, generator=generator)
+    x[1, 2, 17], x[0, 0, 200] = 60.0, -45.0
+    x = x.to(dtype).requires_grad_()
+    y = gp.quant_matmul(x, q, bias, activations="int8", threshold=6.0)
+    assert y.dtype == dtype and y.shape == (3, 5, 96)
+    rest, w = x.detach().double(), q.dequantize().double()
+    outliers = torch.zeros_like(rest)
+    outliers[..., [17, 200]] = rest[..., [17, 200]]
+    rest = rest - outliers
+    codes = gp.quantize(rest.float(), "int8").dequantize().double()
+    want = (codes + outliers) @ w.T + bias.double()
+    tight = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(y.double(), want, rtol=tight, atol=tight)
+    exact = x.detach().double() @ w.T + bias.double()
+    plain = gp.quant_matmul(x.detach(), q, bias, activations="int8").double()
+    assert (y.detach().double() - exact).norm() < 0.3 * (plain - exact).norm()
+    y.sum().backward()
+    torch.testing.assert_close(x.grad.double(), w.sum(0).expand(3, 5, 256), rtol=tight, atol=tight)
+    below = gp.quant_matmul(x.detach(), q, bias, activations="int8", threshold=1e3)
+    assert torch.equal(below.double(), plain)
+
+
+def test_outliers_as_bitsandbytes_has_them():
+    """Its path on a CPU does not round activations, so that the two differ by that rounding."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(256, 64).half()
+    theirs = bnb.nn.Linear8bitLt(256, 64, has_fp16_weights=False, threshold=6.0)
+    theirs.load_state_dict(linear.state_dict())
+    theirs = theirs.to("cpu")
+    x = torch.randn(9, 256)
+    x[4, 7], x[2, 100] = 50.0, -30.0
+    config = gp.nn.QuantConfig("int8", activations="int8", threshold=6.0)
+    ours = gp.QuantLinear.from_float(linear, config)
+    with torch.no_grad():
+        got, want = ours(x.half()).float(), theirs(x.half()).float()
+        plain = gp.QuantLinear.from_float(
+            linear, gp.nn.QuantConfig("int8", activations="int8"))(x.half()).float()  # fmt: skip
+        exact = x @ ours.weight.tensor().dequantize(torch.float32).T + linear.bias.float()
+    assert (got - want).norm() < 0.01 * want.norm()
+    assert (plain - exact).norm() > 2 * (got - exact).norm()
+
+
+def test_a_threshold_needs_int8_activations():
+    q = gp.quantize(torch.randn(4, 8), "int8")
+    for options in ({"threshold": 6.0}, {"threshold": -1.0, "activations": "int8"}):
+        with pytest.raises(
+            ValueError, match="threshold must be 0, or more with activations='int8'"
+        ):
+            gp.quant_matmul(torch.randn(2, 8), q, **options)
+    with pytest.raises(ValueError, match="threshold must be"):
+        gp.nn.QuantConfig("nf4", threshold=6.0)

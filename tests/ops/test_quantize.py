@@ -13,6 +13,8 @@ from genai_perf.ops.quantize.cases import CASES, VARIANTS, make_inputs
 
 native = pytest.importorskip("genai_perf._C", reason="the native extension is not built")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Formats that only the reference quantizes: what is said of every format is checked on it.
+WITHOUT_KERNEL = ("int3", "int2", "fp8_e3m4")
 
 
 def bits(tensor):
@@ -38,13 +40,27 @@ def assert_same_bits(got, want):
 
 def assert_backends_agree(x, format, **options):
     want = gp.quantize(x, format, backend="reference", **options)
-    got = gp.quantize(x, format, backend="native", **options)
+    backend = "reference" if format in WITHOUT_KERNEL else "native"
+    got = gp.quantize(x, format, backend=backend, **options)
     assert_same_bits(got, want)
     for dtype in FLOATS:
         dense = gp.dequantize(want, dtype, backend="reference")
-        assert_same_bits(gp.dequantize(got, dtype, backend="native"), dense)
+        assert_same_bits(gp.dequantize(got, dtype, backend=backend), dense)
         assert options.get("allow_nonfinite") or not dense.isnan().any()
     return want
+
+
+def test_formats_without_a_kernel_are_refused_by_name():
+    for format in formats.FORMATS:
+        x = torch.randn(3, 40)
+        if format in WITHOUT_KERNEL:
+            qt = gp.quantize(x, format)
+            with pytest.raises(gp.BackendUnsupported, match=f"does not quantize to {format}"):
+                gp.quantize(x, format, backend="native")
+            with pytest.raises(gp.BackendUnsupported, match=f"does not dequantize {format}"):
+                gp.dequantize(qt, backend="native")
+        else:
+            assert gp.explain(gp.quantize, x, format).backend == "native"
 
 
 CHECKED = [case for case in CASES if case.tags & {"smoke", "edge"}]

@@ -7,7 +7,7 @@ from ..._config import CONFIG
 from ..._dispatch import Op, unwatched
 from ...formats import FORMATS, QuantizedTensor
 from ..linear import fake_product
-from . import native
+from . import native, outliers
 
 _DIRECT = CONFIG.backend in (None, "native")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,7 +120,7 @@ def _check(x, qweight, bias) -> None:
 
 
 def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor | None = None,
-                 *, activations: str | None = None,
+                 *, activations: str | None = None, threshold: float = 0.0,
                  backend: str | None = None) -> torch.Tensor:  # fmt: skip
     """x @ dequant(W)^T + bias without ever holding the dequantized W.
 
@@ -139,6 +139,9 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
         bias: (N), fp32, bf16 or fp16, or None.
         activations: None: as they are; or "int8", for a weight in int8 with K at most 131072; or
             "fp8", for a weight in fp8_240 by row.
+        threshold: with activations="int8": a column of x that holds this magnitude or more in any
+            row is not rounded, and meets the dequantized column of W in fp32 (LLM.int8; 6.0 is its
+            choice). 0: none.
         backend: "nki", "native" or "reference"; None takes the first that can run the call.
 
     Returns:
@@ -152,18 +155,32 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
     Source: QLoRA, arXiv:2305.14314, section 3 (a product over stored 4-bit weights); LLM.int8(),
     arXiv:2208.07339, section 2 (rows of x and W in int8).
     """
-    if backend is None and _DIRECT and unwatched() and isinstance(qweight, QuantizedTensor):
+    if (
+        backend is None
+        and not threshold
+        and _DIRECT
+        and unwatched()
+        and isinstance(qweight, QuantizedTensor)
+    ):
         y = native.direct(x, qweight, bias, activations)
         if y is not None:
             return y
     _check(x, qweight, bias)
     if activations is not None:
         check_choice("quant_matmul", "activations", activations, ("int8", "fp8"))
+    if threshold:
+        outliers.check(activations, threshold)
     if activations == "int8":
         if qweight.format != "int8" or x.shape[-1] > native.INT8_COLUMNS:
             fail("quant_matmul", "qweight", "int8 of at most 131072 columns for int8 activations",
                  f"{qweight.format} of shape {tuple(qweight.shape)}")  # fmt: skip
-        return QUANT_MATMUL_INT8(x, qweight.qdata, qweight.scale, bias, backend=backend)
+
+        def product(x, bias):
+            return QUANT_MATMUL_INT8(x, qweight.qdata, qweight.scale, bias, backend=backend)
+
+        if threshold:
+            return outliers.multiply(x, qweight, bias, threshold, product)
+        return product(x, bias)
     if activations == "fp8":
         if qweight.format != "fp8_240" or qweight.group_size != -1:
             fail("quant_matmul", "qweight", "fp8_240 by row for fp8 activations",
