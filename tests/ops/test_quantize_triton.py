@@ -1,4 +1,4 @@
-"""The Triton dequantization; the cases are in triton_dequantize_cases.py."""
+"""The Triton quantizers; the cases are in triton_quantize_cases.py, triton_dequantize_cases.py."""
 
 import pytest
 import torch
@@ -10,8 +10,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_cases(mode):
-    run_cases("triton_dequantize_cases.py", mode)
+@pytest.mark.parametrize("file", ["triton_quantize_cases.py", "triton_dequantize_cases.py"])
+def test_cases(mode, file):
+    run_cases(file, mode)
 
 
 def test_reason_on_the_cpu_without_the_interpreter():

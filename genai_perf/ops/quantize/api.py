@@ -26,7 +26,7 @@ _QUANTIZE = Op(
     "(Tensor x, str format, int group_size, bool double_quant, bool symmetric, "
     "ScalarType scale_dtype, bool allow_nonfinite, *, str? backend=None) -> Tensor[]",
     fake=lambda *args, backend=None: _fake_quantize(*args),
-    backends=("nki", "native", "reference"),
+    backends=("triton", "nki", "native", "reference"),
     entry="quantize",
 )
 _DEQUANTIZE = Op(
@@ -64,7 +64,7 @@ def quantize(x: torch.Tensor, format: str, *, group_size: int | None = None,
         scale_dtype: int4, int3, int2: round the scales to this dtype before the codes are computed,
             so that a checkpoint that stores them so is exact (fp32).
         allow_nonfinite: fp8: let infinities saturate and keep NaN, instead of refusing them.
-        backend: "native" or "reference"; the first that can run it by default.
+        backend: "triton", "nki", "native" or "reference"; the first that can run it by default.
 
     Returns:
         QuantizedTensor

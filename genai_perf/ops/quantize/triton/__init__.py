@@ -1,11 +1,48 @@
-"""dequantize on GPUs by a Triton kernel; see the op's README for what was proven and where.
+"""quantize and dequantize on GPUs by Triton kernels; see the op's README for what was proven and
+where.
 
-The kernel is imported by the first call that runs it: a machine without Triton can still ask
+The kernels are imported by the first call that runs them: a machine without Triton can still ask
 `why_not_dequantize`.
 """
 
+import math
+
 from ...._backends import triton as toolchain
+from ....formats import FORMATS as CODECS
+from ....formats import CodeBook, Spec
 from ...quant_matmul.triton import FORMATS
+
+# Bits of mantissa, and the exponent of the smallest normal number.
+FP8_SHAPES = {"fp8": (3, -6), "fp8_240": (3, -6), "fp8_e5m2": (2, -14)}
+
+
+def row_width(shape: tuple[int, ...], group_size: int) -> int | None:
+    """Consecutive elements of a contiguous tensor that share a scale; None: no such number."""
+    if group_size == 0:
+        return math.prod(shape)
+    if group_size == -128:
+        return 128 if shape[-1] % 128 == 0 else None
+    return shape[-1] if group_size == -1 else None
+
+
+def why_not_quantize(x, format, *spec) -> str | None:
+    spec, chosen = Spec(*spec), CODECS[format]
+    if isinstance(chosen, CodeBook):
+        if x.numel() % spec.group_size:
+            return f"triton takes whole blocks of {spec.group_size}, got {x.numel()} elements"
+    elif format != "int8" and format not in FP8_SHAPES:
+        return f"triton does not quantize to {format}"
+    elif spec.allow_nonfinite:
+        return "triton quantizes finite tensors"
+    elif x.numel() and row_width(x.shape, spec.group_size) is None:
+        return f"triton does not quantize {format} in groups of {spec.group_size} here"
+    return toolchain.why_not(x)
+
+
+def quantize(x, format, *spec):
+    from . import encode
+
+    return encode.quantize(x, format, Spec(*spec))
 
 
 def why_not_dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size,
