@@ -47,8 +47,8 @@ def place_stacks(checkpoint: Checkpoint, model: nn.Module, layers: dict[str, Sto
         wanted = max(len(found) for found in experts.values())
         lacking = next((i for i in range(count) if len(experts.get(i, ())) != wanted), None)
         if lacking is not None:
-            warnings.warn(f"{target}: expert {lacking} of {count} is not quantized: all of them are "
-                          f"read dense", stacklevel=4)  # fmt: skip
+            warnings.warn(f"{target}: expert {lacking} of {count} is not quantized: all are read "
+                          f"dense", stacklevel=4)  # fmt: skip
             continue
         read = [_join(checkpoint, target, [layers.pop(name) for _, name in sorted(found.items())],
                       model) for _, found in sorted(experts.items())]  # fmt: skip

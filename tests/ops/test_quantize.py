@@ -156,6 +156,7 @@ def test_large_outputs(isa, format, dtype):
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize(("format", "options"), ALL)
 def test_non_finite_input_is_refused_with_its_place(backend, format, options):
+    backend = "reference" if format in WITHOUT_KERNEL else backend
     for value in (float("nan"), float("inf"), float("-inf")):
         x = torch.zeros(7, 150)
         x[5, 137] = value
