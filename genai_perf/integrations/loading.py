@@ -28,7 +28,7 @@ def load_compressed(path: str | Path, *, dtype: torch.dtype | None = None,
     int8, AWQ int4, and bitsandbytes nf4, fp4 and int8; activations stay in the model's dtype, also
     where the file asks for 8-bit ones. Where `genai_perf.pack_sparse` left its side file, pruned
     linears are `SparseLinear` and compute from their kept values. A dense folder becomes the model
-    that `from_pretrained` gives. Of a stack some of whose experts are dense in the file all are read
+    that `from_pretrained` gives. Where some experts of a stack are dense in the file, all are read
     dense, with a warning.
 
     Args:
