@@ -195,7 +195,7 @@ def test_rtn_is_the_format_and_keeps_zeros(name):
     result = rtn.solve(weight, hessian, format=name)
     assert torch.equal(result.weight, formats.get(name).quantize(weight).dequantize())
     assert not result.weight[:, ::2].any()
-    assert 0 < result.error < 0.05
+    assert 0 < result.error < {"int3": 0.1, "int2": 0.3}.get(name, 0.05)
 
 
 @pytest.mark.parametrize("options", [
