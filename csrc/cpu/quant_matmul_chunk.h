@@ -84,22 +84,13 @@ struct Int4Codec {
   }
   GP_INLINE void decode(const uint8_t* p, const Zeros& zeros, const Lanes& lanes, int64_t e,
                         vf* w) const {
-    const Int4Run run(HasZero ? zeros.codes[lanes.group(e)] : 8);
+    const CodeLut lut(HasZero ? zeros.codes[lanes.group(e)] : 8);
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     const __m256i mask = _mm256_set1_epi8(15);
-    lookup(run.low, run.high, _mm256_and_si256(v, mask), w);
-    lookup(run.low, run.high, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask), w + 4);
-  }
-
- private:
-  GP_INLINE static void lookup(__m256i low, __m256i high, __m256i index, vf* w) {
-    const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
-    const __m256i b2 = _mm256_shuffle_epi8(low, index), b3 = _mm256_shuffle_epi8(high, index);
-    const __m256i lo = _mm256_unpacklo_epi8(b2, b3), hi = _mm256_unpackhi_epi8(b2, b3);
-    w[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16))};
-    w[1] = {_mm256_castsi256_ps(_mm256_and_si256(lo, upper))};
-    w[2] = {_mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
-    w[3] = {_mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
+    __m256 f[8];
+    lut.lookup(_mm256_and_si256(v, mask), f);
+    lut.lookup(_mm256_and_si256(_mm256_srli_epi16(v, 4), mask), f + 4);
+    for (int j = 0; j < 8; ++j) w[j] = {f[j]};
   }
 };
 

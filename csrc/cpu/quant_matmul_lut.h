@@ -47,6 +47,12 @@ static inline void lookup32(const Lut& lut, __m256i index, __m256 f[4]) {
   f[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(hi01, hi23));
 }
 
+#else
+using Lut = const float*;
+static inline Lut make_lut(const float* t) { return t; }
+#endif
+
+#if defined(__AVX2__)
 // Codes less their zero point are at most 9 bits: the upper two bytes of their floats are all of
 // them. high[z + u] and low[z + u] are those of code u less zero point 255 - z.
 struct CodePlanes {
@@ -64,12 +70,30 @@ struct CodePlanes {
   }
 };
 constexpr CodePlanes CODE_PLANES;
-#else
-using Lut = const float*;
-static inline Lut make_lut(const float* t) { return t; }
-#endif
+// Codes of one zero point as floats: two tables of bytes instead of four.
+struct CodeLut {
+  explicit CodeLut(int zero)
+      : low(plane(CODE_PLANES.low + 255 - zero)), high(plane(CODE_PLANES.high + 255 - zero)) {}
+  // Codes in the bytes of `index`; in each half, w[0] gets bytes 0, 2, 4 and 6, w[1] the odd ones
+  // between them, w[2] and w[3] the same of the other eight.
+  GP_INLINE void lookup(__m256i index, __m256* w) const {
+    const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
+    const __m256i b2 = _mm256_shuffle_epi8(low, index), b3 = _mm256_shuffle_epi8(high, index);
+    const __m256i lo = _mm256_unpacklo_epi8(b2, b3), hi = _mm256_unpackhi_epi8(b2, b3);
+    w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(lo, 16));
+    w[1] = _mm256_castsi256_ps(_mm256_and_si256(lo, upper));
+    w[2] = _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16));
+    w[3] = _mm256_castsi256_ps(_mm256_and_si256(hi, upper));
+  }
 
-#if defined(__AVX2__)
+  __m256i low, high;
+
+ private:
+  GP_INLINE static __m256i plane(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+};
+
 // The 32 codes of 16 bytes: codes[0] has the first 16 in order, codes[1] the others.
 template <bool HighFirst>
 GP_INLINE inline void unpack32(const uint8_t* p, __m128i codes[2]) {
@@ -134,24 +158,16 @@ struct Int4Run {
     decode32_by<false>(lut, p, scale, out);
   }
 #elif defined(__AVX2__)
-  __m256i low, high;
-  GP_INLINE explicit Int4Run(int z) : zero(z) {
-    low = plane(CODE_PLANES.low + 255 - z);
-    high = plane(CODE_PLANES.high + 255 - z);
-  }
+  CodeLut lut;
+  GP_INLINE explicit Int4Run(int z) : zero(z), lut(z) {}
   GP_INLINE void decode32(const uint8_t* p, float scale, float* out) const {
     const __m256i codes = unpack_for_planes<false>(p), none = _mm256_setzero_si256();
-    const __m256i b2 = _mm256_shuffle_epi8(low, codes), b3 = _mm256_shuffle_epi8(high, codes);
+    const __m256i b2 = _mm256_shuffle_epi8(lut.low, codes), b3 = _mm256_shuffle_epi8(lut.high, codes);
     const __m256i lo = _mm256_unpacklo_epi8(b2, b3), hi = _mm256_unpackhi_epi8(b2, b3);
     const __m256i f[4] = {_mm256_unpacklo_epi16(none, lo), _mm256_unpackhi_epi16(none, lo),
                           _mm256_unpacklo_epi16(none, hi), _mm256_unpackhi_epi16(none, hi)};
     const __m256 s = _mm256_set1_ps(scale);
     for (int r = 0; r < 4; ++r) _mm256_storeu_ps(out + 8 * r, _mm256_mul_ps(_mm256_castsi256_ps(f[r]), s));
-  }
-
- private:
-  GP_INLINE static __m256i plane(const uint8_t* p) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 #else
   explicit Int4Run(int z) : zero(z) {}

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/sparse_int4.h"
+#include "cpu/transpose.h"
 
 namespace gp {
 namespace GP_ISA {
@@ -11,68 +12,76 @@ constexpr int64_t TILE = 128;  // columns: 32 bytes of codes and 16 of places in
 
 #if defined(__AVX2__)
 
-// Words i of 8 rows, for i in [0, 8), from 32 bytes of each.
-GP_INLINE inline void transpose8(const uint8_t* p, int64_t stride, __m256i* out) {
-  __m256i a[8], b[8];
-  for (int r = 0; r < 8; ++r)
-    a[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + r * stride));
-  for (int r = 0; r < 8; r += 2) {
-    b[r] = _mm256_unpacklo_epi32(a[r], a[r + 1]);
-    b[r + 1] = _mm256_unpackhi_epi32(a[r], a[r + 1]);
-  }
-  for (int h = 0; h < 8; h += 4) {
-    a[h] = _mm256_unpacklo_epi64(b[h], b[h + 2]);
-    a[h + 1] = _mm256_unpackhi_epi64(b[h], b[h + 2]);
-    a[h + 2] = _mm256_unpacklo_epi64(b[h + 1], b[h + 3]);
-    a[h + 3] = _mm256_unpackhi_epi64(b[h + 1], b[h + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    out[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
-    out[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
-  }
+// 16 bytes of row r in the lower half, of row r + 4 in the upper.
+GP_INLINE inline __m256i load_rows(const uint8_t* p, int64_t stride, int r) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(load128(p + r * stride)),
+                                 load128(p + (r + 4) * stride), 1);
 }
 
-// Words i of 8 rows, for i in [0, 4), from 16 bytes of each.
-GP_INLINE inline void transpose4(const uint8_t* p, int64_t stride, __m256i* out) {
+// The places of a tile of 8 rows as `permutevar` reads them, a row in its lane: place f of byte b in
+// word w is in the low bits of the vector that begins b bytes into at[w][f]. That takes 3 shifts for
+// 16 vectors; half of each line is left empty, so that no such vector stands across two lines.
+struct Places {
+  alignas(64) uint8_t at[4][4][64];
+
+  GP_INLINE void read(const uint8_t* p, int64_t stride) {
+    __m256i a[4], words[4];
+    for (int r = 0; r < 4; ++r) a[r] = load_rows(p, stride, r);
+    const __m256i b0 = _mm256_unpacklo_epi32(a[0], a[1]), b1 = _mm256_unpackhi_epi32(a[0], a[1]);
+    const __m256i b2 = _mm256_unpacklo_epi32(a[2], a[3]), b3 = _mm256_unpackhi_epi32(a[2], a[3]);
+    words[0] = _mm256_unpacklo_epi64(b0, b2);
+    words[1] = _mm256_unpackhi_epi64(b0, b2);
+    words[2] = _mm256_unpacklo_epi64(b1, b3);
+    words[3] = _mm256_unpackhi_epi64(b1, b3);
+    for (int w = 0; w < 4; ++w)
+      for (int f = 0; f < 4; ++f)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(at[w][f]), _mm256_srli_epi32(words[w], 2 * f));
+  }
+};
+
+// Bytes 4i to 4i + 3 of 8 rows, for i in [0, 4), where `CodeLut::lookup` wants them: in each half,
+// two bytes of its four rows, then the other two.
+GP_INLINE inline void transpose_codes(const uint8_t* p, int64_t stride, __m256i* out) {
   __m256i a[4];
-  for (int r = 0; r < 4; ++r)
-    a[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(p + r * stride)),
-                                   load128(p + (r + 4) * stride), 1);
-  const __m256i b0 = _mm256_unpacklo_epi32(a[0], a[1]), b1 = _mm256_unpackhi_epi32(a[0], a[1]);
-  const __m256i b2 = _mm256_unpacklo_epi32(a[2], a[3]), b3 = _mm256_unpackhi_epi32(a[2], a[3]);
-  out[0] = _mm256_unpacklo_epi64(b0, b2);
-  out[1] = _mm256_unpackhi_epi64(b0, b2);
-  out[2] = _mm256_unpacklo_epi64(b1, b3);
-  out[3] = _mm256_unpackhi_epi64(b1, b3);
+  for (int r = 0; r < 4; ++r) a[r] = load_rows(p, stride, r);
+  const __m256i b0 = _mm256_unpacklo_epi16(a[0], a[1]), b1 = _mm256_unpackhi_epi16(a[0], a[1]);
+  const __m256i b2 = _mm256_unpacklo_epi16(a[2], a[3]), b3 = _mm256_unpackhi_epi16(a[2], a[3]);
+  out[0] = _mm256_unpacklo_epi32(b0, b2);
+  out[1] = _mm256_unpackhi_epi32(b0, b2);
+  out[2] = _mm256_unpacklo_epi32(b1, b3);
+  out[3] = _mm256_unpackhi_epi32(b1, b3);
 }
 
-// The code at bits 4 * I of each lane as a float, exact: under the exponent of 2^(23 - 4 * I) the
-// nibble counts ones.
-template <int I>
-GP_INLINE inline __m256 code_at(__m256i words) {
-  const __m256 power = _mm256_set1_ps(float(1 << (23 - 4 * I)));
-  const __m256i nibble = _mm256_and_si256(words, _mm256_set1_epi32(15 << 4 * I));
-  return _mm256_sub_ps(_mm256_or_ps(_mm256_castsi256_ps(nibble), power),
-                       _mm256_add_ps(power, _mm256_set1_ps(8.0f)));
-}
-
-// Codes of 8 columns (two groups of 4) of 8 rows, at bits 0 to 15 of `codes`, their places at bits 0
-// to 7 of `places`.
-template <int M>
-GP_INLINE inline void eight_columns(__m256i codes, __m256i places, const float* x, int64_t x_stride,
-                                    __m256 (*acc)[M]) {
-  const __m256 w0 = code_at<0>(codes), w1 = code_at<1>(codes);
-  const __m256 w2 = code_at<2>(codes), w3 = code_at<3>(codes);
-  const __m256i p1 = _mm256_srli_epi32(places, 2), p2 = _mm256_srli_epi32(places, 4);
-  const __m256i p3 = _mm256_srli_epi32(places, 6);
+// Adds the products of value I of group G of a word.
+template <int G, int I, int M>
+GP_INLINE inline void one_value(__m256 w, const uint8_t (*places)[64], const float* x,
+                                int64_t x_stride, __m256* acc) {
+  const __m256i at = _mm256_loadu_si256(
+      reinterpret_cast<const __m256i*>(places[G % 2 * 2 + I] + G / 2));
   for (int m = 0; m < M; ++m) {
-    const __m256 a = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x + m * x_stride));
-    const __m256 b = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x + m * x_stride + 4));
-    acc[0][m] = _mm256_fmadd_ps(w0, _mm256_permutevar_ps(a, places), acc[0][m]);
-    acc[1][m] = _mm256_fmadd_ps(w1, _mm256_permutevar_ps(a, p1), acc[1][m]);
-    acc[2][m] = _mm256_fmadd_ps(w2, _mm256_permutevar_ps(b, p2), acc[2][m]);
-    acc[3][m] = _mm256_fmadd_ps(w3, _mm256_permutevar_ps(b, p3), acc[3][m]);
+    const __m256 four = _mm256_broadcast_ps(
+        reinterpret_cast<const __m128*>(x + m * x_stride + 4 * (G % 4)));
+    acc[m] = _mm256_fmadd_ps(w, _mm256_permutevar_ps(four, at), acc[m]);
   }
+}
+
+// 16 columns (four groups of 4, from group G of a word on) of 8 rows: a byte of `codes` holds both
+// values of a group.
+template <int G, int M>
+GP_INLINE inline void four_groups(const CodeLut& lut, __m256i codes, const uint8_t (*places)[64],
+                                  const float* x, int64_t x_stride, __m256 (*acc)[M]) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  __m256 w[4];
+  lut.lookup(_mm256_and_si256(codes, mask), w);
+  one_value<G, 0, M>(w[0], places, x, x_stride, acc[0]);
+  one_value<G + 1, 0, M>(w[1], places, x, x_stride, acc[1]);
+  one_value<G + 2, 0, M>(w[2], places, x, x_stride, acc[2]);
+  one_value<G + 3, 0, M>(w[3], places, x, x_stride, acc[3]);
+  lut.lookup(_mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), w);
+  one_value<G, 1, M>(w[0], places, x, x_stride, acc[0]);
+  one_value<G + 1, 1, M>(w[1], places, x, x_stride, acc[1]);
+  one_value<G + 2, 1, M>(w[2], places, x, x_stride, acc[2]);
+  one_value<G + 3, 1, M>(w[3], places, x, x_stride, acc[3]);
 }
 
 // y[m * 8 + r] = 8 rows of W (from `codes` and `index` on) times M rows of x. scale[g * 8 + r] is that
@@ -81,6 +90,9 @@ template <int M>
 void eight_rows(const uint8_t* codes, int64_t code_stride, const uint8_t* index,
                 int64_t index_stride, int64_t tiles, int64_t per_scale, const float* scale,
                 const float* x, int64_t x_stride, float* y) {
+  const CodeLut lut(8);
+  Places places[2];  // of this tile and, written early enough to be read piecemeal, of the next
+  places[0].read(index, index_stride);
   __m256 total[M];
   for (int m = 0; m < M; ++m) total[m] = _mm256_setzero_ps();
   for (int64_t t0 = 0; t0 < tiles; t0 += per_scale, scale += 8) {
@@ -89,19 +101,20 @@ void eight_rows(const uint8_t* codes, int64_t code_stride, const uint8_t* index,
       for (int m = 0; m < M; ++m) acc[i][m] = _mm256_setzero_ps();
     const int64_t end = t0 + per_scale < tiles ? t0 + per_scale : tiles;
     for (int64_t t = t0; t < end; ++t) {
-      __m256i c[8], p[4];
-      transpose8(codes + t * 32, code_stride, c);
-      transpose4(index + t * 16, index_stride, p);
-      for (int r = 0; r < 8; ++r) {
-        if (t % 2 == 0) prefetch(codes + (8 + r) * code_stride + t * 32);
-        if (t % 4 == 0) prefetch(index + (8 + r) * index_stride + t * 16);
-      }
+      if (t + 1 < tiles) places[(t + 1) % 2].read(index + (t + 1) * 16, index_stride);
+      // Of the next eight rows, in the order of memory.
+      for (int i = 0; i < 4; ++i) prefetch(codes + 8 * code_stride + (4 * t + i) * 64);
+      for (int i = 0; i < 2; ++i) prefetch(index + 8 * index_stride + (2 * t + i) * 64);
       const float* xt = x + t * TILE;
-      for (int w = 0; w < 8; ++w, xt += 16) {
-        const __m256i places = w % 2 ? _mm256_srli_epi32(p[w / 2], 16) : p[w / 2];
-        eight_columns<M>(c[w], places, xt, x_stride, acc);
-        eight_columns<M>(_mm256_srli_epi32(c[w], 16), _mm256_srli_epi32(places, 8), xt + 8, x_stride,
-                         acc);
+      for (int half = 0; half < 2; ++half, xt += TILE / 2) {
+        __m256i c[4];
+        transpose_codes(codes + t * 32 + half * 16, code_stride, c);
+        for (int i = 0; i < 2; ++i) {
+          const float* xi = xt + i * 32;
+          const auto* at = places[t % 2].at[2 * half + i];
+          four_groups<0, M>(lut, c[2 * i], at, xi, x_stride, acc);
+          four_groups<4, M>(lut, c[2 * i + 1], at, xi + 16, x_stride, acc);
+        }
       }
     }
     for (int m = 0; m < M; ++m)
@@ -134,21 +147,20 @@ inline bool run_eights(const SparseMatmulArgs& a) {
   const int64_t groups = grouped ? (k + w.group_size - 1) / w.group_size : 1;
   const int64_t per_scale = grouped ? w.group_size / TILE : tiles;
   const int threads = n * k < 65536 ? 1 : a.threads;
-  const int64_t eights = n / 8, batch = eights / threads > 16 ? 4 : 1;
-  Scratch packed(m * k * 4), scales(threads * (groups * 8 + groups + 16) * 4);
+  const int64_t eights = n / 8, most = eights / (2 * threads);
+  // Some 256 KiB of W in one item: what is asked for ahead of an item goes to the wrong thread.
+  const int64_t wanted = (int64_t(1) << 18) / (8 * (k / 4 + k / 8)) + 1;
+  const int64_t batch = most < 1 ? 1 : wanted < most ? wanted : most;
+  Scratch packed(m * k * 4), scales(threads * groups * 8 * 4);
   if (!packed.ok() || !scales.ok()) return false;
   float* x = packed.as<float>();
   load_row(x, a.x, m * k, a.dtype);
   parallel_for((eights + batch - 1) / batch, threads, [&](int64_t item, int thread) {
     const KeepSubnormals keep;
-    float* scale = scales.as<float>() + thread * (groups * 8 + groups + 16);
-    float* row = scale + groups * 8;
+    float* scale = scales.as<float>() + thread * groups * 8;
     const int64_t last = (item + 1) * batch < eights ? (item + 1) * batch : eights;
     for (int64_t e = item * batch; e < last; ++e) {
-      for (int64_t r = 0; r < 8; ++r) {
-        load_row(row, offset(w.scale, (e * 8 + r) * groups, w.scale_dtype), groups, w.scale_dtype);
-        for (int64_t g = 0; g < groups; ++g) scale[g * 8 + r] = row[g];
-      }
+      transpose_rows(w.scale, groups, w.scale_dtype, e * 8, n, 8, scale, 8);
       for (int64_t m0 = 0; m0 < m; m0 += 4) {
         float y[4 * 8];
         choose_eight(m - m0)(w.values + e * 8 * (k / 4), k / 4, w.index + e * 8 * (k / 8), k / 8,
