@@ -87,8 +87,8 @@ def _stays_dense(model, name: str, layer: Expert, recipe: Recipe) -> str:
     if getattr(quantizer, "activations", None):
         return "transformers reads no experts with 8-bit activations"
     rows = quantizer.format in ("int8", "fp8") and _by_row(quantizer)
-    if quantizer.format != "int4" and not rows:
-        return "checkpoint formats hold experts in int4, or in int8 and fp8 by rows"
+    if not quantizer.grouped and not rows:
+        return "checkpoint formats hold experts in int2 to int4, or in int8 and fp8 by rows"
     return ""
 
 
@@ -102,7 +102,7 @@ def _one_group_size(recipe: Recipe, expert: Expert) -> tuple[Recipe, tuple[str, 
     """The recipe with a group size that divides the inputs of all matrices of an expert: loaders
     read experts under one scheme."""
     quantizer = recipe.quantizer
-    if quantizer.format != "int4":
+    if not quantizer.grouped:
         return recipe, ()
     asked = size = 128 if quantizer.group_size is None else quantizer.group_size
     for columns in sorted(expert.widths, reverse=True):

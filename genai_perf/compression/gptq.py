@@ -72,7 +72,7 @@ def solve(
         weight: (out_features, in_features), any float dtype; not changed.
         hessian: (in_features, in_features), sum of x x^T over calibration inputs, at any scale.
             The maths runs in its dtype, at least fp32.
-        bits: 4, or 8 with group_size -1 and symmetric.
+        bits: 2, 3, 4, or 8 with group_size -1 and symmetric.
         group_size: inputs that share a scale, -1 for the whole row.
         symmetric: no zero point.
         scales: "static", fitted to the dense weights; "sweep", fitted to each group's updated

@@ -11,6 +11,7 @@ from ..formats import QuantizedTensor, int4
 
 # Candidate scales of the search, as fractions of the one that just covers the extremes.
 _SHRINKS = tuple(1.0 - 0.0125 * i for i in range(33))  # 1.0 to 0.6
+_WIDER = tuple(1.0 - 0.02 * i for i in range(38))  # 1.0 to 0.26, for 2 and 3 bits
 
 # Rows packed at once: packing takes four times their size in fp32.
 _ROWS = 512
@@ -35,10 +36,12 @@ class GroupGrid:
 
     Args:
         group_size: columns that share a scale, -1 for the whole row; the last may be shorter.
-        search: choose each scale among 0.6 to 1.0 of the one that covers the group, for the least
-            importance-weighted squared error; else the covering one.
+        search: choose each scale among 0.6 (0.26 at 2 and 3 bits) to 1.0 of the one that covers the
+            group, for the least importance-weighted squared error; else the covering one.
         refit: fit each group when a sweep arrives at it, on weights that carry the updates so far.
     """
+
+    _shrinks = _SHRINKS
 
     def __init__(self, *, group_size: int, search: bool, refit: bool = False):
         self.group_size, self.search, self._refits, self.refit = group_size, search, refit, 1
@@ -68,7 +71,7 @@ class GroupGrid:
         if not self.search:
             self._scale[group], self._zero[group] = self._candidates(high, low)
             return
-        shrinks = torch.tensor(_SHRINKS, dtype=part.dtype, device=part.device)[:, None]
+        shrinks = torch.tensor(self._shrinks, dtype=part.dtype, device=part.device)[:, None]
         scale, zero = self._candidates(high * shrinks, low * shrinks)  # (candidates, rows)
         first = group * self.width
         importance = self._importance[first : first + len(part)]
@@ -121,7 +124,7 @@ class IntGrid(GroupGrid):
     """Points (code - zero_point) * scale for codes of `bits` bits; 0 is always one of them.
 
     Args:
-        bits: 4, or 8 (symmetric, whole rows): the layouts that `formats` has.
+        bits: 2, 3, 4, or 8 (symmetric, whole rows): the layouts that `formats` has.
         group_size, search, refit: as in `GroupGrid`.
         symmetric: codes around 0 with no zero point.
         scale_dtype: what scales are rounded to before codes are computed.
@@ -138,12 +141,13 @@ class IntGrid(GroupGrid):
         refit: bool = False,
     ):
         super().__init__(group_size=group_size, search=search, refit=refit)
-        check_choice("IntGrid", "bits", bits, (4, 8))
+        check_choice("IntGrid", "bits", bits, (2, 3, 4, 8))
         if bits == 8 and (group_size != -1 or not symmetric):
             got = f"{group_size}, {symmetric}"
             fail("IntGrid", "group_size, symmetric", "-1, True at 8 bits", got)
         int4.INT4.spec(group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
         self.bits, self.symmetric = bits, symmetric
+        self._shrinks = _SHRINKS if bits >= 4 else _WIDER
         self._low = -(1 << bits - 1) + (bits == 8)  # int8 leaves -128 out
         self._high = (1 << bits - 1) - 1
         self._steps = self._high - self._low
@@ -187,7 +191,7 @@ class IntGrid(GroupGrid):
             scale, zero = (self._spread(t[:, here]) for t in (self._scale, self._zero))
             codes = self._codes(weight[here], scale, zero)
             rows.append(codes.to(torch.int8) if self.bits == 8
-                        else int4.pack((codes - self._low).to(torch.uint8)))  # fmt: skip
+                        else int4.pack((codes - self._low).to(torch.uint8), self.bits))  # fmt: skip
         qdata, scale = torch.cat(rows), self._scale.T.contiguous()
         if self.bits == 8:  # whose scales are fp32, here with values that scale_dtype holds
             return QuantizedTensor("int8", weight.shape, dtype, qdata, scale.float())
@@ -195,4 +199,4 @@ class IntGrid(GroupGrid):
         if not self.symmetric:
             parts["zero_point"] = (self._zero.T - self._low).to(torch.uint8).contiguous()
         parts["group_size"] = self.group_size
-        return QuantizedTensor("int4", weight.shape, dtype, qdata, **parts)
+        return QuantizedTensor(f"int{self.bits}", weight.shape, dtype, qdata, **parts)

@@ -40,15 +40,15 @@ def compress(
         inputs: the Hessian of its inputs, or None where no step needs it.
         name: the layer, for messages.
 
-    The int4 group size is the recipe's where it divides in_features, which the checkpoint format
-    needs; else `fitting_group_size`, with a note. Scales of int4, int8 and fp8 have values that the
-    weight's dtype holds, because transformers keeps them in it. nf4 leaves sizes
+    The group size of int4, int3 and int2 is the recipe's where it divides in_features, which the
+    checkpoint format needs; else `fitting_group_size`, with a note. Scales of integers and fp8 have
+    values that the weight's dtype holds, because transformers keeps them in it. nf4 leaves sizes
     dense that bitsandbytes 0.50 refuses to multiply on processors with AVX512-BF16.
     """
     pruner, quantizer = recipe.pruner, recipe.quantizer
     notes: tuple[str, ...] = ()
     group_size = None
-    if quantizer and quantizer.format == "int4":
+    if quantizer and quantizer.grouped:
         asked = 128 if quantizer.group_size is None else quantizer.group_size
         group_size = fitting_group_size(weight.shape[1], asked)
         if group_size != asked:

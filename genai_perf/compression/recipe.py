@@ -28,8 +28,8 @@ _PRUNER = r"(sparsegpt|wanda|ria|magnitude)-(\d+:\d+|\d*\.?\d+)(-faithful)?(?:-(
 # Names for messages and completion; `Recipe.named` takes any fraction, pattern and combination.
 NAMES = (
     "int8-rtn", "fp8-rtn", "nf4-rtn", "int4-rtn", "int4-rtn-mse", "int4-rtn-importance",
-    "int4-gptq", "int8-gptq", "fp8-gptq", "nf4-gptq", "hadamard+int4-gptq", "awq+int4-rtn",
-    "smoothquant+w8a8", "sparsegpt-0.5", "sparsegpt-2:4",
+    "int4-gptq", "int3-gptq", "int2-gptq", "int8-gptq", "fp8-gptq", "nf4-gptq",
+    "hadamard+int4-gptq", "awq+int4-rtn", "smoothquant+w8a8", "sparsegpt-0.5", "sparsegpt-2:4",
     "sparsegpt-0.5+int4-gptq", "sparsegpt-0.7-owl", "sparsegpt-2:4-faithful",
     "magnitude-0.5", "magnitude-2:4", "wanda-0.5", "wanda-2:4", "ria-0.5", "ria-2:4",
 )  # fmt: skip
@@ -253,7 +253,7 @@ def _step_named(part: str, name: str) -> Step:
     if match := re.fullmatch(r"(\w+)-rtn(?:-(mse|importance))?", part):
         if match[1] in formats.FORMATS:
             return RTN(match[1], search=match[2])
-    elif match := re.fullmatch(r"int([48])-gptq", part):
+    elif match := re.fullmatch(r"int([2348])-gptq", part):
         return GPTQ(bits=int(match[1]))
     elif match := re.fullmatch(r"(fp8|nf4)-gptq", part):
         return GPTQ(grid=match[1])

@@ -160,6 +160,6 @@ def awq_scale(hessian: torch.Tensor, weights, quantizer, steps: int) -> torch.Te
 def _options(quantizer) -> dict:
     if isinstance(quantizer, RTN):
         return quantizer.options()
-    if quantizer.format != "int4":
+    if not quantizer.grouped:
         return {}
     return {"group_size": quantizer.group_size, "symmetric": quantizer.symmetric}

@@ -19,7 +19,8 @@ class RTN:
 
     search None takes the scales that cover the extremes. "mse" takes among smaller ones too those
     with the least squared error of the weights; "importance" weights that error by the mean square
-    of each input, which needs calibration. They know int4, int8, fp8 by rows and nf4.
+    of each input, which needs calibration. They know int2 to int4,
+    int8, fp8 by rows and nf4.
     activations "int8" writes that a server rounds inputs to int8 too, a scale a token.
     """
 
@@ -37,11 +38,16 @@ class RTN:
         spec = formats.get(self.format).spec(**self.options())
         check_choice("RTN", "search", self.search, (None, "mse", "importance"))
         whole = {"int8": -1, "fp8": -1, "nf4": 64}
-        if self.search and self.format != "int4" and spec.group_size != whole.get(self.format):
+        if self.search and not self.grouped and spec.group_size != whole.get(self.format):
             fail("RTN", "search", "None, for scales of this format and group size", self.search)
         check_choice("RTN", "activations", self.activations, (None, "int8"))
         if self.activations and self.format != "int8":
             fail("RTN", "activations", f"None with format {self.format!r}", self.activations)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the format has groups of any size along a row."""
+        return isinstance(formats.get(self.format), formats.IntGroups)
 
     def options(self) -> dict:
         values = asdict(self)
@@ -103,6 +109,11 @@ class GPTQ:
             clash = "act_order" if self.act_order else f"grid={self.grid!r}"
             raise ValueError(f"GPTQ: {clash} needs scales='static', got 'sweep'")
         _check_solver(self)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the format has groups of any size along a row."""
+        return isinstance(formats.get(self.format), formats.IntGroups)
 
     @property
     def format(self) -> str:

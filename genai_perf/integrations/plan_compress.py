@@ -140,7 +140,7 @@ class _Block:
             return self._dtype.itemsize * n * k
         form = formats.get(quantizer.format)
         options = {}
-        if form.name == "int4":
+        if quantizer.grouped:
             size = 128 if quantizer.group_size is None else quantizer.group_size
             options = {"group_size": fitting_group_size(k, size), "scale_dtype": self._dtype}
         elif form.name == "nf4":

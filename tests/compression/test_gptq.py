@@ -45,7 +45,7 @@ def test_act_order_equals_the_paper():
     {}, {"symmetric": False}, {"scales": "sweep"}, {"act_order": True}, {"group_size": -1},
     {"group_size": 48}, {"scale_dtype": torch.float16},
     {"scale_dtype": torch.bfloat16, "symmetric": False},
-    {"bits": 8, "group_size": -1},
+    {"bits": 8, "group_size": -1}, {"bits": 3}, {"bits": 2, "symmetric": False}, {"bits": 2},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_packed_codes_stand_for_the_solution(options, dtype):
@@ -61,8 +61,8 @@ def test_packed_codes_stand_for_the_solution(options, dtype):
         oracles.error(weight.to(dtype), result.weight, hessian), rel=tolerance
     )
     plain = {k: v for k, v in options.items() if k in ("symmetric", "group_size", "scale_dtype")}
-    name = "int8" if options.get("bits") == 8 else "int4"
-    plain = plain if name == "int4" else {}
+    name = f"int{options.get('bits', 4)}"
+    plain = {} if name == "int8" else plain
     rounded = rtn.solve(weight.to(dtype), hessian, format=name, **plain)
     assert result.error < 0.8 * rounded.error
 
@@ -86,7 +86,7 @@ def test_search_finds_the_cheapest_scale():
 
 @pytest.mark.parametrize("options", [
     {}, {"symmetric": False}, {"act_order": True}, {"group_size": 40},
-    {"bits": 8, "group_size": -1},
+    {"bits": 8, "group_size": -1}, {"bits": 3},
     {"scale_dtype": torch.bfloat16},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("rows", [48, 37])
@@ -177,7 +177,7 @@ def test_dead_inputs_are_rounded_as_they_are():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ({"bits": 3}, "bits must be one of 4, 8, got 3"),
+    ({"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5"),
     ({"bits": 8}, "group_size, symmetric must be -1, True at 8 bits"),
     ({"group_size": 0}, "group_size must be -1"),
     ({"group_size": 12}, "multiple of 8"),

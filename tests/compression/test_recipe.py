@@ -19,7 +19,7 @@ from genai_perf.compression.recipe import NAMES
 @pytest.mark.parametrize("name, steps", [
     ("int8-rtn", (RTN("int8"),)), ("fp8-rtn", (RTN("fp8"),)), ("nf4-rtn", (RTN("nf4"),)),
     ("int4-rtn", (RTN("int4"),)), ("int4-gptq", (GPTQ(),)),
-    ("int8-gptq", (GPTQ(bits=8, group_size=-1),)),
+    ("int8-gptq", (GPTQ(bits=8, group_size=-1),)), ("int3-gptq", (GPTQ(bits=3),)),
     ("sparsegpt-0.5", (SparseGPT(sparsity=0.5),)), ("sparsegpt-2:4", (SparseGPT(pattern="2:4"),)),
     ("sparsegpt-0.5+int4-gptq", (SparseGPT(sparsity=0.5), GPTQ())),
     ("sparsegpt-4:8-faithful", (SparseGPT(pattern="4:8", refine=None),)),
@@ -48,7 +48,7 @@ def test_listed_names_are_names():
 @pytest.mark.parametrize(
     "name",
     [
-        "int3-rtn",
+        "int5-rtn",
         "int4-gptqq",
         "sparsegpt",
         "sparsegpt-0.5+",
@@ -90,7 +90,7 @@ def test_unknown_names_give_the_nearest():
     (lambda: Recipe.from_dict({"steps": [{"method": "gptq", "damp_frac": "a"}]}), "'gptq'"),
     (lambda: RTN("int5"), "format must be one of"),
     (lambda: RTN("int8", group_size=64), "group_size"),
-    (lambda: GPTQ(bits=3), "bits must be"),
+    (lambda: GPTQ(bits=5), "bits must be"),
     (lambda: GPTQ(block_size=0), "block_size must be positive"),
     (lambda: GPTQ(grid="nf4", group_size=128), "4, 64, True with grid 'nf4', got 4, 128, True"),
     (lambda: GPTQ(grid="fp8", scales="sweep"), "grid='fp8' needs scales='static'"),

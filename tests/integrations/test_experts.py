@@ -139,7 +139,7 @@ def test_only_experts_beside_calibrated_ones_fall_back():
 
 @pytest.mark.parametrize("family, recipe, why", [
     ("gpt-oss", Recipe((RTN("nf4"),)), "it is stacked with other experts"),
-    ("qwen3-moe", Recipe((Magnitude(pattern="2:4"), RTN("nf4"))), "hold experts in int4"),
+    ("qwen3-moe", Recipe((Magnitude(pattern="2:4"), RTN("nf4"))), "hold experts in int2 to int4"),
     ("qwen3-moe", Recipe.named("w8a8"), "8-bit activations"),
 ])  # fmt: skip
 def test_a_quantizer_leaves_experts_and_says_so(saved, tmp_path, family, recipe, why):

@@ -76,6 +76,9 @@ RECIPES = {
     "fp8-block": Recipe((RTN("fp8", granularity="block"),)),
     "int4": Recipe((RTN("int4", group_size=32),)),
     "gptq": Recipe((GPTQ(group_size=32),)),
+    "gptq3": Recipe((GPTQ(bits=3, group_size=32),)),
+    "gptq2": Recipe((GPTQ(bits=2, group_size=32),)),
+    "int3": Recipe((RTN("int3", group_size=32, search="mse"),)),
     "gptq8": Recipe.named("int8-gptq"),
     "joint": Recipe((SparseGPT(sparsity=0.5, refine=None), GPTQ(group_size=32))),
     "refined-gptq": Recipe((SparseGPT(pattern="2:4"), GPTQ(group_size=32))),
@@ -104,7 +107,8 @@ def test_what_loads_is_what_was_computed(saved, tmp_path, recipe, dtype):
         weight = model.get_submodule(layer.name).weight.detach()
         wanted = evaluated[layer.name].float()
         assert torch.equal(weight.float(), wanted), layer.name
-        assert layer.format in ("int4", "int8", "fp8") and 0 < layer.error < 0.6
+        assert layer.format in ("int2", "int3", "int4", "int8", "fp8")
+        assert 0 < layer.error < 0.6
     assert report.nbytes_after < report.nbytes_before
 
 
