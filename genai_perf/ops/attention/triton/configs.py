@@ -7,7 +7,7 @@ import torch
 from ...._backends import triton as toolchain
 from .problem import Problem, block_dim, largest_tile
 from .rules import WHOLE_TILES
-from .tiles import DIMS, DROPOUT, FLOAT, HALF, HEAVY, NAMES, PLAIN
+from .tiles import ALL, DIMS, DROPOUT, FLOAT, HALF, HEAVY, NAMES, PLAIN
 
 TUNED = Path(__file__).parent.parent / "tuned"
 
@@ -34,7 +34,8 @@ def rule(kernel: str, arch: str, dtype: torch.dtype, headdim: int, headdim_v: in
     """Launch keywords where nothing was measured; `rules` is PLAIN, HEAVY or DROPOUT."""
     dim = max(block_dim(headdim), block_dim(headdim_v))
     if kernel == "delta":
-        return {"BLOCK_M": 64 if dim <= 128 else 32, "num_warps": 4, "num_stages": 1}
+        config = {"BLOCK_M": 64 if dim <= 128 else 32, "num_warps": 4, "num_stages": 1}
+        return config | ({"maxnreg": ALL} if arch.startswith("sm_") else {})
     if arch == "interpreter":
         return INTERPRETER
     column = next((i for i, largest in enumerate(DIMS) if dim <= largest), len(DIMS) - 1)

@@ -34,10 +34,11 @@ def rule(kernel: str, arch: str, dtype: torch.dtype, *, pairs: bool = True) -> d
         return tile | {"BLOCK_M": rows, "num_warps": 4, "num_stages": 1}
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
-    if arch in ("sm_90", "sm_100", "sm_103"):
-        return tile | {"num_warps": 4, "num_stages": 3 if pairs else 2}
+    stages = 3 if pairs else 2
+    if arch == "sm_90":
+        return tile | {"num_warps": 4, "num_stages": stages}
     # Without maxnreg ptxas spills a register so that one more program fits on a processor.
-    return tile | {"num_warps": 8, "num_stages": 3 if pairs else 2, "maxnreg": 255}
+    return tile | {"num_warps": 8, "num_stages": stages, "maxnreg": 255}
 
 
 def choose(kernel: str, x: torch.Tensor, format: str, n: int, k: int) -> dict[str, int]:
