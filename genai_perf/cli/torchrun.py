@@ -13,8 +13,6 @@ def ranks() -> Iterator[bool]:
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield True
         return
-    import torch.distributed.fsdp  # noqa: F401  imported later, it would keep the group past its end
-
     dist.init_process_group("gloo")
     try:
         yield dist.get_rank() == 0

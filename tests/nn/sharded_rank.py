@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.fsdp  # noqa: F401  imported later, it would keep the group past its end
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 from test_sharding import CONFIGS, Net, step  # noqa: E402
