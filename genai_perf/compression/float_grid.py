@@ -5,7 +5,7 @@ import torch
 from .._checks import fail
 from ..formats import FP8, NF4, QuantizedTensor, code_book, int4
 from ..formats.base import SCALE_FLOOR
-from .grid import GroupGrid
+from ..ops.quantize.grid import GroupGrid
 
 
 class Fp8Grid(GroupGrid):

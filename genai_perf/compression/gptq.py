@@ -7,7 +7,7 @@ import torch
 from .._checks import check_choice, fail
 from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
-from .grid import GroupGrid, IntGrid, Tables
+from ..ops.quantize.grid import GroupGrid, IntGrid, Tables
 from .hessian import Factor, factorize, relative_error
 from .sparsegpt import check_weight
 from .sweep import sweep

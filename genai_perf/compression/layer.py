@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import QuantizedTensor
+from ..ops.quantize.grid import GroupGrid, IntGrid
 from . import gptq, magnitude, ria, rtn, sparsegpt, wanda
 from .float_grid import Fp8Grid, Nf4Grid
-from .grid import GroupGrid, IntGrid
 from .hessian import Inputs, relative_error
 from .recipe import Recipe
 from .steps import GPTQ, RIA, RTN, Magnitude, SparseGPT, Wanda

@@ -7,8 +7,8 @@ import torch
 from .. import formats
 from ..formats import IntGroups, QuantizedTensor, int4
 from ..formats.base import FLOATS
+from ..ops.quantize.grid import GroupGrid
 from .gptq import QuantizedResult, stands_for
-from .grid import GroupGrid
 from .hessian import relative_error
 from .sparsegpt import check_weight
 

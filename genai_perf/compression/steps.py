@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from .. import formats
 from .._checks import check_choice, check_positive, fail
+from ..ops.quantize.grid import IntGrid
 from . import masks, owl
-from .grid import IntGrid
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 
 from .._backends import native
+from ..ops.quantize.grid import Tables
 from . import triton
-from .grid import Tables
 from .hessian import full_precision
 from .masks import Sparsity
 

@@ -77,5 +77,5 @@ def bin_starts(signed: bool = True) -> torch.Tensor:
 @cache
 def kernel_tables(signed: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """value, bound and start of csrc/cpu/quantize.h DynamicMap."""
-    bounds = torch.cat([dynamic_bounds(signed), torch.tensor([math.inf])])
+    bounds = torch.cat([dynamic_bounds(signed), torch.tensor([math.inf], dtype=torch.float32)])
     return dynamic_map(signed), bounds, torch.nn.functional.pad(bin_starts(signed), (0, 3))

@@ -80,17 +80,22 @@ class IntGroups(Format):
             low = high = x.new_zeros(x.shape[:-1])
         else:
             low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-        if spec.symmetric:
-            scale = torch.maximum(-low, high) / (self.half - 0.5)
-        else:
-            steps = 2.0 * self.half - 1
-            scale = (high - low) / steps
-            # The range of values near the largest float overflows; its steps do not.
-            scale = torch.where(torch.isinf(scale), high / steps - low / steps, scale)
-        scale = round_scale(scale, spec.scale_dtype)
-        if spec.symmetric:
-            return scale, None
-        return scale, (-self.half - low / scale.float()).clamp(-self.half, self.half - 1).round()
+        return covering(low, high, -self.half, self.half - 1, symmetric=spec.symmetric,
+                        scale_dtype=spec.scale_dtype)  # fmt: skip
+
+
+def covering(low: torch.Tensor, high: torch.Tensor, first: int, last: int, *, symmetric: bool,
+             scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """The grid of signed codes first..last that covers low..high, ranges that hold 0: the scale in
+    `scale_dtype`, and unless symmetric the signed zero point in the dtype of `low`."""
+    steps = float(last - first)
+    if symmetric:
+        return round_scale(torch.maximum(-low, high) / (steps / 2), scale_dtype), None
+    scale = (high - low) / steps
+    # The range of values near the largest float overflows; its steps do not.
+    scale = torch.where(torch.isinf(scale), high / steps - low / steps, scale)
+    scale = round_scale(scale, scale_dtype)
+    return scale, (first - low / scale.to(low.dtype)).clamp(first, last).round()
 
 
 def round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -46,7 +46,7 @@ def load_compressed(path: str | Path, *, dtype: torch.dtype | None = None,
     checkpoint = Checkpoint(path)
     model = skeleton.build(checkpoint, dtype)
     _place_sparse(checkpoint, model, backend)
-    experts = _place_quantized(checkpoint, model, backend)
+    experts = place_quantized(checkpoint, model, backend)
     _load_rest(_DenseExperts(checkpoint, experts, model.config.dtype), model)
     _load_generation_config(checkpoint.path, model)
     return model.requires_grad_(False)
@@ -95,7 +95,7 @@ def _check_current(checkpoint: Checkpoint, name: str, weight: SparseTensor, quan
                               f"the checkpoint: run genai_perf.pack_sparse again")  # fmt: skip
 
 
-def _place_quantized(
+def place_quantized(
     checkpoint: Checkpoint, model: nn.Module, backend: str | None
 ) -> dict[str, Stored]:
     """Puts a QuantLinear in the place of every linear whose weight the checkpoint has quantized;

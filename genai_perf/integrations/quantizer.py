@@ -68,14 +68,16 @@ class LoadingQuantizer:
             experts = [self._quantize(name, m.T.contiguous() if stack.transposed else m)
                        for m in weight]  # fmt: skip
             made = QuantizedStack(experts, transposed=stack.transposed,
-                                  activations=self.config.activations)  # fmt: skip
+                                  activations=self.config.activations,
+                                  threshold=self.config.threshold)  # fmt: skip
             put(stack, made)
         else:
             linear = model.get_submodule(name)
             weight = weight if isinstance(linear, nn.Linear) else weight.T.contiguous()
             n, k = weight.shape
             made = QuantLinear(k, n, self._quantize(name, weight), linear.bias,
-                               activations=self.config.activations)  # fmt: skip
+                               activations=self.config.activations,
+                               threshold=self.config.threshold)  # fmt: skip
             model.set_submodule(name, made.train(linear.training))
         for buffer in made.buffers():
             buffer._is_hf_initialized = True
@@ -83,6 +85,11 @@ class LoadingQuantizer:
 
     def _quantize(self, name: str, weight: torch.Tensor) -> QuantizedTensor:
         config = self.config
+        if config.search:
+            try:
+                return replace(config, scale_dtype=weight.dtype).quantize(weight)
+            except ValueError as error:
+                raise ValueError(f"GenaiPerfConfig: {name}: {error}") from error
         qweight = rtn.solve(
             weight, None, format=config.format, group_size=config.group_size,
             symmetric=config.symmetric, double_quant=config.double_quant,
@@ -92,38 +99,61 @@ class LoadingQuantizer:
 
     def stored(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
         """The state dict of a checkpoint that others read, and its `quantization_config`."""
-        state, schemes = model.state_dict(), {}
-        layers = []
-        for name, module in model.named_modules():
-            if isinstance(module, QuantLinear):
-                layers.append((name, module.weight.tensor()))
-            elif isinstance(module, QuantizedStack):
-                layers += stored_parts(model, name, module)
-            if isinstance(module, QuantizedWeight):
-                for key in module.tensor().state_dict(f"{name}."):
-                    del state[key]
-        for name, qweight in layers:
-            if qweight.format in bitsandbytes.BOOKS:
-                # The maps are the same tensor for all layers, which save_pretrained refuses.
-                encoded = bitsandbytes.encode(name, qweight)
-                state |= {k: t.clone() if "quant_map" in k else t for k, t in encoded.items()}
-            else:
-                state |= compressed_tensors.encode(name, qweight)
-                schemes[name] = compressed_tensors.scheme(qweight)
-        dense = [n for n, m in model.named_modules() if dense_weight(m) is not None]
-        if schemes:
-            return state, compressed_tensors.quantization_config(schemes, dense)
-        return state, bitsandbytes.quantization_config(
-            dtype=model.dtype,
-            skip=dense,
-            format=self.config.format,
-            double_quant=self.config.double_quant,
-        )
+        state, layers = quantized_parts(model)
+        dense = dense_names(model)
+        if self.config.format in bitsandbytes.BOOKS:
+            return state | in_bitsandbytes(layers), bitsandbytes.quantization_config(
+                dtype=model.dtype,
+                skip=dense,
+                format=self.config.format,
+                double_quant=self.config.double_quant,
+            )
+        tensors, config = in_compressed_tensors(layers, dense)
+        return state | tensors, config
 
 
-def dense_again(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+Layers = list[tuple[str, QuantizedTensor]]
+
+
+def quantized_parts(model: nn.Module) -> tuple[dict[str, torch.Tensor], Layers]:
+    """The state dict without quantized weights, and those, each expert by itself, by the names that
+    a checkpoint gives them."""
+    state, layers = model.state_dict(), []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            layers.append((name, module.weight.tensor()))
+        elif isinstance(module, QuantizedStack):
+            layers += stored_parts(model, name, module)
+        if isinstance(module, QuantizedWeight):
+            for key in module.tensor().state_dict(f"{name}."):
+                del state[key]
+    return state, layers
+
+
+def dense_names(model: nn.Module) -> list[str]:
+    """The linear layers that are not quantized."""
+    return [n for n, m in model.named_modules() if dense_weight(m) is not None]
+
+
+def in_bitsandbytes(layers: Layers) -> dict[str, torch.Tensor]:
+    """The tensors of a bitsandbytes checkpoint."""
+    encoded = {k: t for layer in layers for k, t in bitsandbytes.encode(*layer).items()}
+    # The maps are the same tensor for all layers, which save_pretrained refuses.
+    return {k: t.clone() if "quant_map" in k else t for k, t in encoded.items()}
+
+
+def in_compressed_tensors(layers: Layers, dense: list[str]) -> tuple[dict, dict]:
+    """The tensors of a compressed-tensors checkpoint, and its `quantization_config`."""
+    schemes = {name: compressed_tensors.scheme(qweight) for name, qweight in layers}
+    tensors = {k: t for layer in layers for k, t in compressed_tensors.encode(*layer).items()}
+    return tensors, compressed_tensors.quantization_config(schemes, dense)
+
+
+def dense_again(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
     """Every QuantLinear as an nn.Linear of what it stands for, every stack of experts as its
     parameter, in place."""
+    if isinstance(dtype, str):  # what save_pretrained leaves in the config
+        dtype = getattr(torch, dtype)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLinear):
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -154,7 +184,8 @@ def register() -> type:
             format: one of "nf4", "fp4", "int4", "int3", "int2", "int8", "fp8", or another of
                 `genai_perf.formats.FORMATS`, which no checkpoint holds.
             skip: layers to leave dense, as `genai_perf.quantize_model` takes them.
-            group_size, double_quant, symmetric, granularity, activations: as QuantConfig.
+            group_size, double_quant, symmetric, granularity, activations, threshold, search: as
+                QuantConfig.
 
         Raises:
             ValueError: an option that the format does not have.
@@ -163,11 +194,13 @@ def register() -> type:
         def __init__(self, format: str = "nf4", *, skip: tuple[str, ...] = DEFAULT_SKIP,
                      group_size: int | None = None, double_quant: bool = False,
                      symmetric: bool = True, granularity: str | None = None,
-                     activations: str | None = None):  # fmt: skip
+                     activations: str | None = None, threshold: float = 0.0,
+                     search: bool = False):  # fmt: skip
             self.quant_method = NAME
             self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
             self.options = QuantConfig(format, group_size, double_quant, symmetric, granularity,
-                                       activations=activations)  # fmt: skip
+                                       activations=activations, threshold=threshold,
+                                       search=search)  # fmt: skip
             self.stored: dict | None = None  # what a saved checkpoint says instead
 
         def to_dict(self) -> dict:

@@ -141,7 +141,9 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor],
         state = json.loads(bytes(tensors[place].tolist()))
         dtype, shape = _DTYPES[state["dtype"]], torch.Size(state["shape"])
         block, nested = int(state["blocksize"]), "nested_blocksize" in state
-        offset = torch.tensor(float(state["nested_offset"])) if nested else None
+        offset = (
+            torch.tensor(float(state["nested_offset"]), dtype=torch.float32) if nested else None
+        )
         if nested and int(state["nested_blocksize"]) != NESTED_BLOCK:
             raise ValueError(f"nested_blocksize {state['nested_blocksize']}")
     except (KeyError, TypeError, ValueError) as error:

@@ -13,7 +13,7 @@ import torch
 from .._checks import check_choice, check_positive
 from .._errors import CheckpointError
 from ..formats import QuantizedTensor
-from . import bitsandbytes, compressed_tensors, gptq
+from . import awq, bitsandbytes, compressed_tensors, gptq
 from .checkpoints import CONFIG, Checkpoint
 from .conversion import CONV1D_MODELS, dense_linears, model_dtype
 from .dialects import quantized_layers
@@ -78,11 +78,8 @@ def validate(path: str | Path, target: str, *, tp: int = 1) -> Validation:
         dense = dense_linears(checkpoint, [n for n in checkpoint.names() if n not in taken])
         check = _Check(checkpoint, layers, dense, tp)
         method = checkpoint.quantization["quant_method"]
-        dialect = {compressed_tensors.METHOD: "ct", gptq.METHOD: "gptq",
-                   bitsandbytes.METHOD: "bnb"}.get(method)  # fmt: skip
-        if dialect is None:
-            result.notes.append(f"{method}: what {target} asks of this dialect is not known here")
-            return result
+        dialect = {compressed_tensors.METHOD: "ct", gptq.METHOD: "gptq", awq.METHOD: "awq",
+                   bitsandbytes.METHOD: "bnb"}[method]  # fmt: skip
         for rule in (f"common_{dialect}", target, f"{target}_{dialect}"):
             for (error, text), subjects in _grouped(getattr(check, rule)()).items():
                 more = f" and {len(subjects) - 1} more" if len(subjects) > 1 else ""
@@ -138,6 +135,15 @@ class _Check:
         for name, qt in self.layers.items():
             if qt.zero_point is not None:
                 yield False, name, "asymmetric zero points: not all servers read them"
+
+    def common_awq(self) -> Found:
+        skip = self.config.get("modules_to_not_convert") or ()
+        for name in self._dense_linears():
+            if name != "lm_head" and not any(key in name for key in skip):
+                yield True, name, f"is dense: list it in modules_to_not_convert of {self.file}"
+        for name in self.layers:
+            if f"{name}.qzeros" not in self.checkpoint:
+                yield True, name, "has no qzeros, which every reader but this one asks for"
 
     def common_bnb(self) -> Found:
         skip = self.config.get("llm_int8_skip_modules") or ()
@@ -215,6 +221,19 @@ class _Check:
                 yield True, name, f"group size must be -1, 32, 64 or 128, got {qt.group_size}"
         yield from self._marlin(self.layers)
 
+    def vllm_awq(self) -> Found:
+        marlin = self.config.get("zero_point", True)
+        for name, qt in self.layers.items():
+            if qt.group_size not in (-1, 32, 64, 128):
+                marlin = False
+                text = f"groups of {qt.group_size} have the slow kernel, which takes float16 alone"
+                yield qt.dtype != torch.float16, name, text
+        if not self.config.get("zero_point", True):
+            text = "zero_point is False: the slow kernel, which takes float16 alone"
+            yield False, self.file, text
+        if marlin:
+            yield from self._marlin(self.layers)
+
     def _marlin(self, layers: dict[str, QuantizedTensor]) -> Found:
         for name, qt in layers.items():
             (n, k), row = qt.shape, name.rpartition(".")[2] in ROW_PARALLEL
@@ -249,6 +268,11 @@ class _Check:
 
     def transformers_gptq(self) -> Found:
         yield False, self.file, "GPTQ needs the packages optimum and gptqmodel"
+
+    def transformers_awq(self) -> Found:
+        yield False, self.file, "AWQ needs the packages gptqmodel and accelerate"
+        if any(qt.dtype == torch.bfloat16 for qt in self.layers.values()):
+            yield False, self.file, "bfloat16 models are computed in float16 on a GPU"
 
     def transformers_bnb(self) -> Found:
         for name, qt in self.layers.items():

@@ -88,16 +88,17 @@ class QuantizedStack(nn.Module):
         self.activations, self.threshold = activations, threshold
 
     @classmethod
-    def from_float(cls, stack: torch.Tensor, config: str | QuantConfig, *,
-                   transposed: bool) -> "QuantizedStack":  # fmt: skip
-        """A quantized copy of `stack`, (experts, out, in), or (experts, in, out) if `transposed`.
+    def from_float(cls, stack: torch.Tensor, config: str | QuantConfig, *, transposed: bool,
+                   importance: torch.Tensor | None = None) -> "QuantizedStack":  # fmt: skip
+        """A quantized copy of `stack`, (experts, out, in), or (experts, in, out) if `transposed`;
+        importance (in), of `genai_perf.quantize`, is that of every expert.
 
         Raises:
             ValueError: a weight with an infinity or NaN; see `QuantConfig`.
         """
         config = QuantConfig.of(config)
         rows = [(m.T if transposed else m).contiguous() for m in stack.detach()]
-        return cls([config.quantize(matrix) for matrix in rows], transposed=transposed,
+        return cls([config.quantize(matrix, importance) for matrix in rows], transposed=transposed,
                    activations=config.activations, threshold=config.threshold)  # fmt: skip
 
     @property

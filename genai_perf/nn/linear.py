@@ -10,7 +10,7 @@ from .._errors import CheckpointError
 from ..formats import QuantizedTensor, get
 from ..formats.base import COMPONENTS, FLOATS
 from ..ops.quant_matmul import outliers, quant_matmul
-from ..ops.quantize import quantize
+from ..ops.quantize import check_search, quantize
 
 _ELSEWHERE = object()
 
@@ -21,6 +21,7 @@ class QuantConfig:
 
     activations: "int8" to round those of each token too, before they meet int8 weights.
     threshold: with it, columns of activations this large stay as they are; of `quant_matmul`.
+    search: choose the scales of int4, int3 and int2 for the least squared error.
     """
 
     format: str
@@ -31,19 +32,24 @@ class QuantConfig:
     scale_dtype: torch.dtype | None = None
     activations: str | None = None
     threshold: float = 0.0
+    search: bool = False
 
     def __post_init__(self):
         get(self.format).spec(**self._options())
+        check_search(get(self.format), self.search)
         if self.activations is not None and (self.activations, self.format) != ("int8", "int8"):
             fail("QuantConfig", "activations", "None, or 'int8' with the format int8",
                  f"{self.activations!r} with {self.format}")  # fmt: skip
         outliers.check(self.activations, self.threshold)
 
-    def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
-        return quantize(weight, self.format, **self._options())
+    def quantize(self, weight: torch.Tensor,
+                 importance: torch.Tensor | None = None) -> QuantizedTensor:  # fmt: skip
+        """`weight` (N, K); importance: of `genai_perf.quantize`, needs `search`."""
+        return quantize(weight, self.format, search=self.search, importance=importance,
+                        **self._options())  # fmt: skip
 
     def _options(self) -> dict:
-        mine = ("format", "activations", "threshold")
+        mine = ("format", "activations", "threshold", "search")
         return {name: value for name, value in asdict(self).items() if name not in mine}
 
     @classmethod
@@ -211,12 +217,14 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_float(cls, linear: nn.Module, config: str | QuantConfig) -> "QuantLinear":
+    def from_float(cls, linear: nn.Module, config: str | QuantConfig, *,
+                   importance: torch.Tensor | None = None) -> "QuantLinear":  # fmt: skip
         """A quantized copy of an nn.Linear, or of transformers' Conv1D (weight stored (K, N)).
 
         Args:
             linear: the layer; it is left as it is, and its bias is shared.
             config: a format name, such as "nf4", or a QuantConfig.
+            importance: (in_features,), of `genai_perf.quantize`; needs a config with `search`.
 
         Raises:
             ValueError: another kind of layer, or a weight with an infinity or NaN.
@@ -226,7 +234,7 @@ class QuantLinear(nn.Module):
             fail("QuantLinear", "linear", "an nn.Linear or a Conv1D", type(linear).__name__)
         n, k = weight.shape
         config = QuantConfig.of(config)
-        qweight = config.quantize(weight)
+        qweight = config.quantize(weight, importance)
         return cls(k, n, qweight, linear.bias, activations=config.activations,
                    threshold=config.threshold)  # fmt: skip
 
@@ -244,6 +252,7 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}"
             + (f", activations={self.activations}" if self.activations else "")
+            + (f", threshold={self.threshold}" if self.threshold else "")
         )
 
 

@@ -1,7 +1,7 @@
 """quantize_model: Linears and stacks of experts replaced, and a record of what was not and why."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,8 +27,9 @@ class QuantizationRecord:
 
 
 def quantize_model(model: nn.Module, config: str | QuantConfig, *,
-                   skip: Collection[str] = DEFAULT_SKIP,
-                   strict: bool = False) -> nn.Module:  # fmt: skip
+                   skip: Collection[str] = DEFAULT_SKIP, strict: bool = False,
+                   importance: Mapping[str, torch.Tensor] | None = None,
+                   ) -> nn.Module:  # fmt: skip
     """Replaces the Linear and Conv1D layers of `model` by QuantLinear, in place, and the 3-D
     parameters of a mixture's experts (transformers' Mixtral, Qwen-MoE, GPT-OSS, ...) by
     QuantizedStack, each expert quantized by itself.
@@ -39,6 +40,8 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
         skip: layers to leave dense, each as a run of dotted name parts ("lm_head",
             "layers.0.mlp"); every entry other than the default must match a layer.
         strict: refuse a layer that no kernel runs where the model is: only the slow reference.
+        importance: by layer name, what a squared error in each column of its weight costs,
+            (in_features,); needs a config with `search`. See `genai_perf.quantize`.
 
     Returns:
         The model, with `model.quantization_record` (QuantizationRecord) naming every quantized
@@ -46,8 +49,9 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
         also said in one warning.
 
     Raises:
-        ValueError: nothing to quantize, a `skip` entry that matches nothing, or a weight with an
-            infinity or NaN (named), with `strict` a layer on the reference (named, with why).
+        ValueError: nothing to quantize, a `skip` or `importance` entry that matches nothing, or a
+            weight with an infinity or NaN (named), with `strict` a layer on the reference (named,
+            with why).
     """
     config = QuantConfig.of(config)
     if isinstance(skip, str):
@@ -58,6 +62,10 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
     for entry in skip:
         if entry not in DEFAULT_SKIP and not any(matches(entry, name) for name in layers):
             raise ValueError(f"quantize_model: skip entry {entry!r} matches no layer of the model")
+    importance = importance or {}
+    if unknown := importance.keys() - layers.keys():
+        raise ValueError(f"quantize_model: importance names {min(unknown)!r}, which is no layer of "
+                         f"the model")  # fmt: skip
     record = QuantizationRecord()
     unasked = {n: why for n, why in three_dimensional(model).items() if n not in layers}
     owners = _owners(model)
@@ -70,7 +78,7 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
             unasked[name] = reason
         else:
             if id(module) not in made:
-                made[id(module)] = _quantized(name, module, config)
+                made[id(module)] = _quantized(name, module, config, importance.get(name))
                 if strict and (told := explain_layer(name, made[id(module)])).slow:
                     raise ValueError(f"quantize_model: strict, and {name or 'the model'} would run "
                                      f"the slow reference: {told.reason}")  # fmt: skip
@@ -103,11 +111,13 @@ def matches(entry: str, name: str) -> bool:
     return f".{entry}." in f".{name}."
 
 
-def _quantized(name: str, module: nn.Module | Stack, config: QuantConfig):
+def _quantized(name: str, module: nn.Module | Stack, config: QuantConfig,
+               importance: torch.Tensor | None):  # fmt: skip
     try:
         if isinstance(module, Stack):
-            return QuantizedStack.from_float(module.weight, config, transposed=module.transposed)
-        made = QuantLinear.from_float(module, config)
+            return QuantizedStack.from_float(module.weight, config, transposed=module.transposed,
+                                             importance=importance)  # fmt: skip
+        made = QuantLinear.from_float(module, config, importance=importance)
     except ValueError as error:
         raise ValueError(f"quantize_model: {name or 'the model'}: {error}") from error
     return made.train(module.training)

@@ -7,7 +7,7 @@ from layers import layer
 from genai_perf import formats
 from genai_perf.compression import gptq, rtn
 from genai_perf.compression.float_grid import Fp8Grid, Nf4Grid
-from genai_perf.compression.grid import IntGrid
+from genai_perf.ops.quantize.grid import IntGrid
 
 PLAIN = {"search": False}
 

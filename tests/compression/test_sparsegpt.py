@@ -8,7 +8,7 @@ from layers import layer
 
 from genai_perf import CalibrationError
 from genai_perf.compression import gptq, masks, sparsegpt
-from genai_perf.compression.grid import IntGrid
+from genai_perf.ops.quantize.grid import IntGrid
 
 faithful = partial(sparsegpt.solve, refine=None)
 SETTINGS = {

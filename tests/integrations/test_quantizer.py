@@ -59,6 +59,26 @@ def test_quantized_while_loading(options, dtype, tmp_path):
     assert (logits(plain) - got).norm() < rounding * got.norm()
 
 
+def test_searched_scales_and_thresholds(tmp_path):
+    folder = tiny_python_lm()
+    dense = logits(LOAD(folder))
+    plain = LOAD(folder, quantization_config=GenaiPerfConfig("int3"))
+    config = GenaiPerfConfig("int3", search=True)
+    model = LOAD(folder, dtype=torch.bfloat16, quantization_config=config)
+    assert (logits(model) - dense).norm() < 0.9 * (logits(plain) - dense).norm()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(gp.load_compressed(tmp_path)), logits(model))
+
+    config = GenaiPerfConfig("int8", activations="int8", threshold=4.0)
+    model = LOAD(folder, quantization_config=config)
+    layers = [m for m in model.modules() if isinstance(m, gp.QuantLinear)]
+    assert {(layer.activations, layer.threshold) for layer in layers} == {("int8", 4.0)}
+    rounded = LOAD(folder, quantization_config=GenaiPerfConfig("int8", activations="int8"))
+    assert (logits(model) - dense).norm() < (logits(rounded) - dense).norm()
+    with pytest.raises(ValueError, match="threshold must be 0, or more with activations"):
+        GenaiPerfConfig("nf4", threshold=4.0)
+
+
 def test_conv1d_and_generate(tmp_path):
     config = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4)
     torch.manual_seed(0)

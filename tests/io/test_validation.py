@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from genai_perf import CheckpointError, formats
-from genai_perf.io import ShardWriter, bitsandbytes, compressed_tensors, gptq, validate
+from genai_perf.io import ShardWriter, awq, bitsandbytes, compressed_tensors, gptq, validate
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -21,7 +21,8 @@ def layers(name="int4", n=128, k=256, dtype=torch.float16, **options):
     return {layer: codec.quantize(weight, **options) for layer, weight in weights.items()}
 
 
-def folder(path, quantized, *, method="ct", int8="pack-quantized", change=None, **config):
+def folder(path, quantized, *, method="ct", int8="pack-quantized", change=None, dense="lm_head",
+           lacks="?", **config):  # fmt: skip
     qt = next(iter(quantized.values()))
     if method == "ct":
         schemes = {n: compressed_tensors.scheme(t, int8=int8) for n, t in quantized.items()}
@@ -30,6 +31,9 @@ def folder(path, quantized, *, method="ct", int8="pack-quantized", change=None, 
     elif method == "gptq":
         found = gptq.quantization_config(bits=4, group_size=qt.group_size)
         parts = [gptq.encode(n, t) for n, t in quantized.items()]
+    elif method == "awq":
+        found = awq.quantization_config(group_size=qt.group_size, skip=["lm_head"])
+        parts = [awq.encode(n, t) for n, t in quantized.items()]
     else:
         found = bitsandbytes.quantization_config(format=qt.format, dtype=qt.dtype, skip=["lm_head"])
         parts = [bitsandbytes.encode(n, t) for n, t in quantized.items()]
@@ -37,9 +41,9 @@ def folder(path, quantized, *, method="ct", int8="pack-quantized", change=None, 
         change(found)
     with ShardWriter(path / "m") as writer:
         for part in parts:
-            writer.write(part)
+            writer.write({name: t for name, t in part.items() if not name.endswith(lacks)})
         writer.write({"model.embed_tokens.weight": torch.ones(8, 256).half(),
-                      "lm_head.weight": torch.ones(8, 256).half()})  # fmt: skip
+                      f"{dense}.weight": torch.ones(8, 256).half()})  # fmt: skip
         writer.commit({"model_type": "llama", "dtype": str(qt.dtype).removeprefix("torch."),
                        **config, "quantization_config": found})  # fmt: skip
     return path / "m"
@@ -53,6 +57,7 @@ def folder(path, quantized, *, method="ct", int8="pack-quantized", change=None, 
     (lambda: layers("fp8", granularity="block"), {}),
     (lambda: layers("int8"), {}),
     (lambda: layers("nf4"), {"method": "bnb"}),
+    (lambda: layers(symmetric=False), {"method": "awq"}),
 ])  # fmt: skip
 def test_good_files_pass(tmp_path, target, quantized, options):
     found = validate(folder(tmp_path, quantized(), **options), target)
@@ -75,6 +80,14 @@ def without(name):
     ("vllm", lambda: layers("int8"), {"int8": "int-quantized"}, "int-quantized without"),
     ("vllm", lambda: layers(group_size=16), {"method": "gptq"}, "must be -1, 32, 64 or 128"),
     ("vllm", lambda: layers("nf4"), {"method": "bnb", "tp": 2}, "cannot be split over 2"),
+    ("vllm", lambda: layers(), {"method": "awq", "tp": 4}, "groups of 128 .* K / tp = 64"),
+    ("vllm", lambda: layers(group_size=16, dtype=torch.bfloat16), {"method": "awq"},
+     "groups of 16 have the slow kernel, which takes float16 alone"),
+    ("transformers", lambda: layers(), {"method": "awq", "dense": "model.layers.0.up_proj"},
+     "up_proj: is dense: list it in modules_to_not_convert"),
+    ("transformers", lambda: layers(), {"method": "awq", "lacks": ".qzeros"}, "has no qzeros"),
+    ("vllm", lambda: layers(), {"method": "awq", "change": lambda c: c.update(version="gemv")},
+     "version 'gemv' is not supported"),
     ("vllm", lambda: layers("fp8", granularity="block"), {"tp": 4}, "groups of 128"),
     ("vllm", lambda: layers("fp8", k=192, granularity="block"), {}, "blocks of 128 .* K = 192"),
     ("vllm", lambda: layers(), {"change": lambda c: c.update(sparsity_config={"format": "dense"})},
@@ -108,6 +121,11 @@ def test_each_error(tmp_path, target, quantized, options, words):
     ("transformers", lambda: layers("fp8"), {}, "fp32 scales are rounded"),
     ("transformers", lambda: layers("nf4", k=96), {"method": "bnb"}, "no multiple of 64"),
     ("transformers", lambda: layers(), {"method": "gptq"}, "gptqmodel"),
+    ("transformers", lambda: layers(), {"method": "awq"}, "gptqmodel"),
+    ("transformers", lambda: layers(dtype=torch.bfloat16), {"method": "awq"}, "in float16 on"),
+    ("vllm", lambda: layers(n=96), {"method": "awq"}, "96 x 256 a rank is not a multiple"),
+    ("vllm", lambda: layers(), {"method": "awq", "change": lambda c: c.update(zero_point=False)},
+     "zero_point is False"),
     ("vllm", lambda: layers(), {"method": "gptq", "change": lambda c: c.update(sym=False)}, "sym"),
 ])  # fmt: skip
 def test_each_note(tmp_path, target, quantized, options, words):

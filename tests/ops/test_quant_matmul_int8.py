@@ -193,6 +193,30 @@ def test_outliers_as_bitsandbytes_has_them():
     assert (plain - exact).norm() > 2 * (got - exact).norm()
 
 
+def test_a_layer_with_a_threshold_compiles_whole():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(96, 40)
+    layer = QuantLinear.from_float(linear, QuantConfig("int8", activations="int8", threshold=6.0))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for columns in ([3, 90], [], [5]):  # one graph for any number of outliers
+        x = torch.randn(4, 96).clamp(-5, 5)
+        x[1, columns] = 20.0
+        x.requires_grad_()
+        want, got = layer(x), compiled(x)
+        assert torch.equal(got, want)
+        assert torch.equal(torch.autograd.grad(got.sum(), x)[0],
+                           torch.autograd.grad(want.sum(), x)[0])  # fmt: skip
+        qweight, bias = layer.weight.tensor(), linear.bias
+        for backend in ("native", "reference"):
+            library.opcheck(
+                torch.ops.genai_perf.quant_matmul_outliers.default,
+                (x, qweight.qdata, qweight.scale, bias, 6.0), {"backend": backend},
+            )  # fmt: skip
+    told = gp.explain(layer, x)
+    assert told.op == "quant_matmul_outliers" and told.backend == "native"
+    assert "threshold=6.0" in repr(layer)
+
+
 def test_a_threshold_needs_int8_activations():
     q = gp.quantize(torch.randn(4, 8), "int8")
     for options in ({"threshold": 6.0}, {"threshold": -1.0, "activations": "int8"}):

@@ -1,4 +1,4 @@
-"""gp.quant_matmul: its checks, its three ops (forward, the same in int8, gradient) and autograd."""
+"""gp.quant_matmul: its checks, its ops (forward, also of rounded rows, and gradient), autograd."""
 
 import torch
 
@@ -32,13 +32,14 @@ QUANT_MATMUL_BACKWARD = Op(
 )
 
 
-def _rounded(entry: str, backends: tuple[str, ...]) -> Op:
-    """The op whose rows of x are rounded to `entry`, as the weight is."""
+def _rounded(entry: str, backends: tuple[str, ...], option: str = "") -> Op:
+    """The op whose rows of x are rounded: to `entry`, or to int8 by `entry` with an `option`."""
     return Op(
         __package__,
         f"quant_matmul_{entry}",
-        "(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, *, str? backend=None) -> Tensor",
-        fake=lambda x, qdata, scale, bias, *, backend=None: x.new_empty(
+        f"(Tensor x, Tensor qdata, Tensor scale, Tensor? bias{option}, *, str? backend=None) "
+        "-> Tensor",
+        fake=lambda x, qdata, scale, bias, *option, backend=None: x.new_empty(
             (*x.shape[:-1], qdata.shape[0])
         ),
         backends=backends,
@@ -48,6 +49,8 @@ def _rounded(entry: str, backends: tuple[str, ...]) -> Op:
 
 QUANT_MATMUL_INT8 = _rounded("int8", ("nki", "native", "reference"))
 QUANT_MATMUL_FP8 = _rounded("fp8", ("nki", "reference"))
+# How many columns are outliers depends on the data: an op of its own keeps that out of a graph.
+QUANT_MATMUL_OUTLIERS = _rounded("outliers", ("nki", "native", "reference"), ", float threshold")
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
@@ -69,7 +72,7 @@ def _backward(ctx, dy):
 
 def _setup_rounded(format: str):
     def setup(ctx, inputs, keyword_only_inputs, output):
-        x, qdata, scale, bias = inputs
+        x, qdata, scale, bias, *ctx.option = inputs
         weight = (qdata, scale, None, None, None)
         _setup_context(ctx, (x, *weight, bias, format, -1, None), keyword_only_inputs, output)
 
@@ -84,11 +87,12 @@ def _backward_rounded(ctx, dy):
                                    backend=ctx.backend)  # fmt: skip
     if ctx.needs_input_grad[3]:
         dbias = dy.reshape(-1, dy.shape[-1]).float().sum(0).to(ctx.bias_dtype)
-    return dx, None, None, dbias
+    return dx, None, None, dbias, *(None for _ in ctx.option)
 
 
 QUANT_MATMUL.register_autograd(_backward, setup_context=_setup_context)
 QUANT_MATMUL_INT8.register_autograd(_backward_rounded, setup_context=_setup_rounded("int8"))
+QUANT_MATMUL_OUTLIERS.register_autograd(_backward_rounded, setup_context=_setup_rounded("int8"))
 QUANT_MATMUL_FP8.register_autograd(_backward_rounded, setup_context=_setup_rounded("fp8_240"))
 
 
@@ -174,13 +178,10 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
         if qweight.format != "int8" or x.shape[-1] > native.INT8_COLUMNS:
             fail("quant_matmul", "qweight", "int8 of at most 131072 columns for int8 activations",
                  f"{qweight.format} of shape {tuple(qweight.shape)}")  # fmt: skip
-
-        def product(x, bias):
-            return QUANT_MATMUL_INT8(x, qweight.qdata, qweight.scale, bias, backend=backend)
-
+        weight = qweight.qdata, qweight.scale
         if threshold:
-            return outliers.multiply(x, qweight, bias, threshold, product)
-        return product(x, bias)
+            return QUANT_MATMUL_OUTLIERS(x, *weight, bias, float(threshold), backend=backend)
+        return QUANT_MATMUL_INT8(x, *weight, bias, backend=backend)
     if activations == "fp8":
         if qweight.format != "fp8_240" or qweight.group_size != -1:
             fail("quant_matmul", "qweight", "fp8_240 by row for fp8 activations",

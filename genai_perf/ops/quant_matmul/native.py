@@ -6,6 +6,7 @@ from ..._backends import native
 from ..._dispatch import is_plain
 from ...formats.dynamic_map import dynamic_map
 from .components import FLOATS, check_components
+from .outliers import multiply
 
 # csrc/cpu/quant_matmul.h holds the same numbers.
 INT8_COLUMNS = 131072  # as many products of two int8 stay within int32
@@ -48,6 +49,14 @@ def why_not_int8(x, qdata, scale, bias) -> str | None:
 def int8(x, qdata, scale, bias):
     weight = (qdata, scale, None, None, None)
     return Packed("int8", *qdata.shape, weight, -1).forward(x, bias, int8=True)
+
+
+def why_not_outliers(x, qdata, scale, bias, threshold) -> str | None:
+    return native.why_not(x, qdata, scale, bias)
+
+
+def outliers(x, qdata, scale, bias, threshold):
+    return multiply(x, qdata, scale, bias, threshold, int8)
 
 
 def direct(x, qweight, bias, activations) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 import torch
 
 from ...formats import QuantizedTensor, Spec, get
+from .outliers import multiply
 
 
 def weight(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape):
@@ -56,6 +57,13 @@ def int8(x, qdata, scale, bias):
 
 def fp8(x, qdata, scale, bias):
     return _product(x, "fp8_240", qdata.view(torch.float8_e4m3fn), scale, bias)
+
+
+why_not_outliers = why_not_int8
+
+
+def outliers(x, qdata, scale, bias, threshold):
+    return multiply(x, qdata, scale, bias, threshold, int8)
 
 
 def _product(x, format, qdata, scale, bias):

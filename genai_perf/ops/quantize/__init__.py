@@ -1,5 +1,5 @@
 """quantize and dequantize: dense tensors to QuantizedTensor and back."""
 
-from .api import dequantize, quantize, quantize_like
+from .api import check_search, dequantize, quantize, quantize_like
 
-__all__ = ["dequantize", "quantize", "quantize_like"]
+__all__ = ["check_search", "dequantize", "quantize", "quantize_like"]

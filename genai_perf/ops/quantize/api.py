@@ -1,11 +1,11 @@
-"""The public functions, and the two ops on plain tensors under them."""
+"""The public functions, and the three ops on plain tensors under them."""
 
 import torch
 
 from ... import formats
-from ..._checks import check_choice, fail
+from ..._checks import check_choice, check_same, check_tensor, fail
 from ..._dispatch import Op
-from ...formats import QuantizedTensor, Spec
+from ...formats import IntGroups, QuantizedTensor, Spec
 from ...formats.base import FLOATS, check_input
 
 
@@ -13,6 +13,10 @@ def _fake_quantize(x, format, group_size, double_quant, symmetric, scale_dtype, 
     spec = Spec(group_size, double_quant, symmetric, scale_dtype, allow_nonfinite)
     layout = formats.get(format).layout(x.shape, spec)
     return [x.new_empty(shape, dtype=dtype) for shape, dtype in layout.values()]
+
+
+def _fake_searched(x, importance, format, group_size, symmetric, scale_dtype):
+    return _fake_quantize(x, format, group_size, False, symmetric, scale_dtype, False)
 
 
 def _fake_dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size,
@@ -29,6 +33,15 @@ _QUANTIZE = Op(
     backends=("triton", "nki", "native", "reference"),
     entry="quantize",
 )
+_SEARCHED = Op(
+    __package__,
+    "quantize_searched",
+    "(Tensor x, Tensor? importance, str format, int group_size, bool symmetric, "
+    "ScalarType scale_dtype, *, str? backend=None) -> Tensor[]",
+    fake=lambda *args, backend=None: _fake_searched(*args),
+    backends=("native", "reference"),
+    entry="searched",
+)
 _DEQUANTIZE = Op(
     __package__,
     "dequantize",
@@ -43,11 +56,13 @@ _DEQUANTIZE = Op(
 def quantize(x: torch.Tensor, format: str, *, group_size: int | None = None,
              double_quant: bool = False, symmetric: bool = True, granularity: str | None = None,
              scale_dtype: torch.dtype | None = None, allow_nonfinite: bool = False,
+             search: bool = False, importance: torch.Tensor | None = None,
              backend: str | None = None) -> QuantizedTensor:  # fmt: skip
     """Quantizes `x` along its last dimension.
 
     Dequantized: `(qdata - zero_point) * scale`; each format's formula stands in
-    `genai_perf.formats`. Every backend gives the same bits.
+    `genai_perf.formats`. Every backend gives the same bits, but for `search`, where two scales
+    whose errors agree to rounding may be told apart differently.
 
     Args:
         x: (..., K), fp32, bf16 or fp16, finite; a weight is (N, K) = (out_features, in_features).
@@ -64,13 +79,19 @@ def quantize(x: torch.Tensor, format: str, *, group_size: int | None = None,
         scale_dtype: int4, int3, int2: round the scales to this dtype before the codes are computed,
             so that a checkpoint that stores them so is exact (fp32).
         allow_nonfinite: fp8: let infinities saturate and keep NaN, instead of refusing them.
-        backend: "triton", "nki", "native" or "reference"; the first that can run it by default.
+        search: int4, int3, int2: choose the scale of each group among 0.6 (0.26 for 2 and 3 bits)
+            to 1.0 of the one that covers it, for the least squared error.
+        importance: with search: (K,), at least 0, what a squared error in each column costs, such
+            as the mean of the squares that a layer's input has there. None: 1.
+        backend: "triton", "nki", "native" or "reference" (the last two for search); the first
+            that can run it by default.
 
     Returns:
         QuantizedTensor
 
     Raises:
-        ValueError: unknown format, an option that the format does not have, inf or NaN in `x`.
+        ValueError: unknown format, an option that the format does not have, inf or NaN in `x`, an
+            importance that does not fit.
         BackendUnsupported: the named backend cannot run this call.
     """
     chosen = formats.get(format)
@@ -79,9 +100,37 @@ def quantize(x: torch.Tensor, format: str, *, group_size: int | None = None,
                        allow_nonfinite=allow_nonfinite)  # fmt: skip
     check_input(x)
     x = x.detach()
-    tensors = _QUANTIZE(x, format, *spec, backend=backend)
+    check_search(chosen, search, importance, x)
+    if search:
+        options = spec.group_size, spec.symmetric, spec.scale_dtype
+        tensors = _SEARCHED(x, importance, format, *options, backend=backend)
+    else:
+        tensors = _QUANTIZE(x, format, *spec, backend=backend)
     names = chosen.layout(x.shape, spec)
     return chosen.assemble(dict(zip(names, tensors, strict=True)), x, spec)
+
+
+def check_search(chosen: formats.Format, search: bool, importance: torch.Tensor | None = None,
+                 x: torch.Tensor | None = None) -> None:  # fmt: skip
+    """Raises ValueError where a format has no scales to search for, or `importance` fits neither x
+    nor search."""
+    if search and not isinstance(chosen, IntGroups):
+        fail("quantize", "search", f"left out with format {chosen.name!r} (int4, int3 and int2 "
+             "take it)", search)  # fmt: skip
+    if importance is None:
+        return
+    check_tensor("quantize", importance=importance)
+    if not search:
+        fail("quantize", "importance", "left out without search=True", "one")
+    if importance.shape != x.shape[-1:] or not importance.is_floating_point():
+        fail("quantize", "importance", f"floats of shape {tuple(x.shape[-1:])}",
+             f"{importance.dtype} of shape {tuple(importance.shape)}")  # fmt: skip
+    check_same("quantize", "device", x=x, importance=importance)
+    if (
+        not torch.compiler.is_compiling()
+        and not ((importance >= 0) & (importance < torch.inf)).all()
+    ):
+        fail("quantize", "importance", "at least 0 and finite", "others among it")
 
 
 def quantize_like(x: torch.Tensor, qt: QuantizedTensor, *,

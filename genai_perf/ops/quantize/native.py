@@ -11,6 +11,7 @@ from ..._backends.native import DTYPE_CODES, lib, pointer, threads
 from ...formats import Spec, code_book
 from ...formats.base import check_finite, from_parts
 from ...formats.dynamic_map import dynamic_map, kernel_tables
+from . import grid
 
 # csrc/cpu/quantize.h: how one element is held in a byte, and what a quantizer found.
 CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2, "fp8_240": 3}
@@ -54,6 +55,15 @@ def dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, gro
     if out.numel():
         _DECODERS[format](*tensors, format, group_size, out)
     return out
+
+
+def why_not_searched(x, importance, *rest) -> str | None:
+    return native.why_not(x, importance)
+
+
+def searched(x, importance, *rest) -> list[torch.Tensor]:
+    check_finite(x)
+    return grid.searched(x, importance, *rest)
 
 
 def _tiles(shape: tuple[int, ...], format: str, group_size: int) -> tuple[int, ...]:

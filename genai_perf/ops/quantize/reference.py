@@ -5,6 +5,7 @@ import torch
 from ... import formats
 from ...formats import Spec
 from ...formats.base import check_finite, from_parts
+from . import grid
 
 
 def why_not_quantize(*args) -> str | None:
@@ -16,6 +17,14 @@ def quantize(x: torch.Tensor, format: str, *spec) -> list[torch.Tensor]:
     if not spec.allow_nonfinite:
         check_finite(x)
     return list(formats.get(format).encode(x.float(), spec).values())
+
+
+why_not_searched = why_not_quantize
+
+
+def searched(x, importance, *rest) -> list[torch.Tensor]:
+    check_finite(x)
+    return grid.searched(x, importance, *rest, grid.PlainIntGrid)
 
 
 def why_not_dequantize(*args) -> str | None:

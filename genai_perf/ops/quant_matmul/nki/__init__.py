@@ -4,6 +4,7 @@ import torch
 
 from ...._backends import nki as toolchain
 from ....formats import Spec, get
+from ..outliers import multiply
 from . import layout
 
 FORMATS = ("int8", "fp8", "fp8_240", "fp8_e5m2", "nf4", "int4")
@@ -114,6 +115,14 @@ def _both_rounded(x, qdata, scale, bias, format: str):
 
 def int8(x, qdata, scale, bias):
     return _both_rounded(x, qdata, scale, bias, "int8")
+
+
+def why_not_outliers(x, qdata, scale, bias, threshold) -> str | None:
+    return toolchain.why_not(x, qdata, scale, bias)
+
+
+def outliers(x, qdata, scale, bias, threshold):
+    return multiply(x, qdata, scale, bias, threshold, int8)
 
 
 def fp8(x, qdata, scale, bias):

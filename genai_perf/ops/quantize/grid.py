@@ -1,13 +1,14 @@
 """Grids that weights are rounded to: a scale, and where asked a zero point, for each group of input
-columns of a row, covering the group or searched for."""
+columns of a row, covering the group or searched for. `quantize(search=True)` rounds to them, and so
+does everything in `genai_perf.compression` that quantizes."""
 
 from typing import NamedTuple
 
 import torch
 
-from .._backends import native
-from .._checks import check_choice, fail
-from ..formats import QuantizedTensor, int4
+from ..._backends import native
+from ..._checks import check_choice, fail
+from ...formats import QuantizedTensor, Spec, get, int4
 
 # Candidate scales of the search, as fractions of the one that just covers the extremes.
 _SHRINKS = tuple(1.0 - 0.0125 * i for i in range(33))  # 1.0 to 0.6
@@ -150,15 +151,13 @@ class IntGrid(GroupGrid):
         self._shrinks = _SHRINKS if bits >= 4 else _WIDER
         self._low = -(1 << bits - 1) + (bits == 8)  # int8 leaves -128 out
         self._high = (1 << bits - 1) - 1
-        self._steps = self._high - self._low
         self._scale_dtype = scale_dtype or torch.float32
 
     def _candidates(self, high, low) -> tuple[torch.Tensor, torch.Tensor]:
-        spread = 2 * torch.maximum(high, -low) if self.symmetric else high - low
-        scale = int4.round_scale(spread / self._steps, self._scale_dtype).to(high.dtype)
-        if self.symmetric:
-            return scale, torch.zeros_like(scale)
-        return scale, (self._low - low / scale).clamp_(self._low, self._high).round_()
+        scale, zero = int4.covering(low, high, self._low, self._high, symmetric=self.symmetric,
+                                    scale_dtype=self._scale_dtype)  # fmt: skip
+        scale = scale.to(high.dtype)
+        return scale, torch.zeros_like(scale) if zero is None else zero
 
     def _nearest(self, values, scale, zero) -> torch.Tensor:
         return self._codes(values, scale, zero).sub_(zero).mul_(scale)
@@ -200,3 +199,24 @@ class IntGrid(GroupGrid):
             parts["zero_point"] = (self._zero.T - self._low).to(torch.uint8).contiguous()
         parts["group_size"] = self.group_size
         return QuantizedTensor(f"int{self.bits}", weight.shape, dtype, qdata, **parts)
+
+
+class PlainIntGrid(IntGrid):
+    """The same without the native search."""
+
+    _cheapest = GroupGrid._cheapest
+
+
+def searched(x: torch.Tensor, importance: torch.Tensor | None, format: str, group_size: int,
+             symmetric: bool, scale_dtype: torch.dtype,
+             kind: type[IntGrid] = IntGrid) -> list[torch.Tensor]:  # fmt: skip
+    """The components of x (..., K), on a searched grid of `kind`."""
+    if x.numel() == 0:
+        spec = Spec(group_size, False, symmetric, scale_dtype)
+        return list(get(format).encode(x.float(), spec).values())
+    rows = x.float().reshape(-1, x.shape[-1])
+    grid = kind(bits=get(format).bits, group_size=group_size, symmetric=symmetric,
+                scale_dtype=scale_dtype)  # fmt: skip
+    grid.fit(rows, rows.new_ones(rows.shape[1]) if importance is None else importance.float())
+    parts = grid.pack(rows, torch.float32).components()
+    return [part.view(*x.shape[:-1], part.shape[1]) for part in parts.values()]
