@@ -113,16 +113,11 @@ ADAPTERS = {
 }
 
 
-# Formats that quantize has no native kernel for.
-WITHOUT_KERNEL = ("int3", "int2", "fp8_e3m4")
-
-
 def combinations():
     for op in OPS:
         for case in import_module(f"genai_perf.ops.{op}.cases").CASES:
             if "smoke" in case.tags:
-                without = op == "quantize" and case.format in WITHOUT_KERNEL
-                for backend in ("native", "reference")[without:]:
+                for backend in ("native", "reference"):
                     yield pytest.param(op, case, backend, id=f"{op}-{case.name}-{backend}")
 
 

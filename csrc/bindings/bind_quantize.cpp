@@ -52,19 +52,19 @@ void bind_quantize(py::module_& m) {
       },
       Release());
   m.def(
-      "quantize_int4",
-      [](int64_t rows, int64_t cols, int64_t group, int scale_dtype, int threads, Address x,
-         int dtype, Address q, Address scale, Address zero_point) {
-        return GP_KERNEL(quantize_int4)({rows, cols, group, DType(scale_dtype), threads},
+      "quantize_groups",
+      [](int bits, int64_t rows, int64_t cols, int64_t group, int scale_dtype, int threads,
+         Address x, int dtype, Address q, Address scale, Address zero_point) {
+        return GP_KERNEL(quantize_groups)({bits, rows, cols, group, DType(scale_dtype), threads},
                                         as_pointer<void>(x), DType(dtype), as_pointer<uint8_t>(q),
                                         as_pointer<void>(scale), as_pointer<uint8_t>(zero_point));
       },
       Release());
   m.def(
-      "dequantize_int4",
-      [](int64_t rows, int64_t cols, int64_t group, int scale_dtype, int threads, Address q,
-         Address scale, Address zero_point, Address out, int dtype) {
-        GP_KERNEL(dequantize_int4)({rows, cols, group, DType(scale_dtype), threads},
+      "dequantize_groups",
+      [](int bits, int64_t rows, int64_t cols, int64_t group, int scale_dtype, int threads,
+         Address q, Address scale, Address zero_point, Address out, int dtype) {
+        GP_KERNEL(dequantize_groups)({bits, rows, cols, group, DType(scale_dtype), threads},
                                    as_pointer<uint8_t>(q), as_pointer<void>(scale),
                                    as_pointer<uint8_t>(zero_point), as_pointer<void>(out),
                                    DType(dtype));

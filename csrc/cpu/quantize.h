@@ -13,7 +13,7 @@ namespace gp {
 enum class QuantizeStatus : int { ok = 0, nonfinite = 1, scale_overflow = 2 };
 
 // How one element is held in a byte.
-enum class Code8 : int { s8 = 0, e4m3fn = 1, e5m2 = 2, e4m3_240 = 3 };
+enum class Code8 : int { s8 = 0, e4m3fn = 1, e5m2 = 2, e4m3_240 = 3, e3m4 = 4 };
 
 // int8 and fp8: a scale for each row_block x col_block tile of each of `batch` matrices, or one for
 // everything where row_block is 0. int8 takes whole rows only.
@@ -46,16 +46,18 @@ struct BlockScales {
 GP_DECLARE_KERNEL(void, dequantize_book, Book book, const uint8_t* q, const BlockScales& scales,
                   int64_t n, int64_t block, void* out, DType dtype, int threads)
 
-// int4: rows of ceil(cols / 2) bytes, even element in the low nibble; `group` elements of a row (a
-// multiple of 8, or the whole row) share a scale. zero_point is null for symmetric codes.
+// int4, int3, int2: each row a little-endian stream of codes of `bits` bits, in whole bytes; `group`
+// elements of a row (a multiple of 8, or the whole row) share a scale. zero_point is null for
+// symmetric codes.
 struct GroupArgs {
+  int bits;
   int64_t rows, cols, group;
   DType scale_dtype;
   int threads;
 };
-GP_DECLARE_KERNEL(int, quantize_int4, const GroupArgs&, const void* x, DType dtype, uint8_t* q,
+GP_DECLARE_KERNEL(int, quantize_groups, const GroupArgs&, const void* x, DType dtype, uint8_t* q,
                   void* scale, uint8_t* zero_point)
-GP_DECLARE_KERNEL(void, dequantize_int4, const GroupArgs&, const uint8_t* q, const void* scale,
+GP_DECLARE_KERNEL(void, dequantize_groups, const GroupArgs&, const uint8_t* q, const void* scale,
                   const uint8_t* zero_point, void* out, DType dtype)
 
 // A rising map of 256 values, signed or not, and how its nearest codes are found. bound: the midpoints

@@ -10,6 +10,8 @@ namespace GP_ISA {
 // Elements of one work item: 64 KB of fp32, fits a core's L2.
 constexpr int64_t kChunk = 16384;
 
+constexpr float kTiny = 1.17549435e-38f;  // the smallest normal number: no scale is below it
+
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -48,8 +48,8 @@ std::vector<uint8_t> all_bytes(int threads) {
   };
   std::vector<uint8_t> q(n), zero(rows * 8);
   std::vector<float> scale(rows * 64), out(n);
-  for (gp::Code8 code : {gp::Code8::s8, gp::Code8::e4m3fn, gp::Code8::e5m2,
-                          gp::Code8::e4m3_240}) {
+  for (gp::Code8 code : {gp::Code8::s8, gp::Code8::e4m3fn, gp::Code8::e5m2, gp::Code8::e4m3_240,
+                         gp::Code8::e3m4}) {
     const gp::ScaledArgs a{1, rows, cols, 1, cols, code, threads};
     check(!GP_KERNEL(quantize_scaled)(a, x.data(), gp::DType::f32, q.data(), scale.data(), false),
           "quantize_scaled");
@@ -57,13 +57,16 @@ std::vector<uint8_t> all_bytes(int threads) {
     keep(q.data(), q.size());
     keep(out.data(), out.size() * 4);
   }
-  const gp::GroupArgs g{rows, cols, 128, gp::DType::f32, threads};
-  check(!GP_KERNEL(quantize_int4)(g, x.data(), gp::DType::f32, q.data(), scale.data(), zero.data()),
-        "quantize_int4");
-  GP_KERNEL(dequantize_int4)(g, q.data(), scale.data(), zero.data(), out.data(), gp::DType::bf16);
-  keep(q.data(), n / 2);
-  keep(zero.data(), zero.size());
-  keep(out.data(), size_t(n) * 2);
+  for (int bits : {4, 3, 2}) {
+    const gp::GroupArgs g{bits, rows, cols, 128, gp::DType::f32, threads};
+    check(!GP_KERNEL(quantize_groups)(g, x.data(), gp::DType::f32, q.data(), scale.data(),
+                                      zero.data()), "quantize_groups");
+    GP_KERNEL(dequantize_groups)(g, q.data(), scale.data(), zero.data(), out.data(),
+                                 gp::DType::bf16);
+    keep(q.data(), size_t(n) * bits / 8);
+    keep(zero.data(), zero.size());
+    keep(out.data(), size_t(n) * 2);
+  }
   check(!GP_KERNEL(quantize_book)(gp::Book::nf4, x.data(), gp::DType::f32, n, 64, q.data(), scale.data(), threads),
         "quantize_book");
   GP_KERNEL(dequantize_book)(gp::Book::nf4, q.data(), {scale.data(), nullptr, nullptr, nullptr}, n, 64, out.data(),
@@ -81,8 +84,8 @@ void refuses_nonfinite() {
     const int nonfinite = int(gp::QuantizeStatus::nonfinite);
     check(GP_KERNEL(quantize_book)(gp::Book::nf4, x.data(), gp::DType::f32, 640, 64, q.data(), scale.data(), 2) ==
               nonfinite, "nf4 refuses");
-    check(GP_KERNEL(quantize_int4)({5, 128, 32, gp::DType::f32, 2}, x.data(), gp::DType::f32,
-                                   q.data(), scale.data(), nullptr) == nonfinite, "int4 refuses");
+    check(GP_KERNEL(quantize_groups)({4, 5, 128, 32, gp::DType::f32, 2}, x.data(), gp::DType::f32,
+                                     q.data(), scale.data(), nullptr) == nonfinite, "int4 refuses");
     check(GP_KERNEL(quantize_scaled)({1, 5, 128, 1, 128, gp::Code8::s8, 2}, x.data(),
                                      gp::DType::f32, q.data(), scale.data(), false) == nonfinite,
           "int8 refuses");

@@ -13,8 +13,6 @@ from genai_perf.ops.quantize.cases import CASES, VARIANTS, make_inputs
 
 native = pytest.importorskip("genai_perf._C", reason="the native extension is not built")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Formats that only the reference quantizes: what is said of every format is checked on it.
-WITHOUT_KERNEL = ("int3", "int2", "fp8_e3m4")
 
 
 def bits(tensor):
@@ -40,27 +38,28 @@ def assert_same_bits(got, want):
 
 def assert_backends_agree(x, format, **options):
     want = gp.quantize(x, format, backend="reference", **options)
-    backend = "reference" if format in WITHOUT_KERNEL else "native"
-    got = gp.quantize(x, format, backend=backend, **options)
+    got = gp.quantize(x, format, backend="native", **options)
     assert_same_bits(got, want)
     for dtype in FLOATS:
         dense = gp.dequantize(want, dtype, backend="reference")
-        assert_same_bits(gp.dequantize(got, dtype, backend=backend), dense)
+        assert_same_bits(gp.dequantize(got, dtype, backend="native"), dense)
         assert options.get("allow_nonfinite") or not dense.isnan().any()
     return want
 
 
-def test_formats_without_a_kernel_are_refused_by_name():
+def test_every_format_has_a_native_kernel():
     for format in formats.FORMATS:
-        x = torch.randn(3, 40)
-        if format in WITHOUT_KERNEL:
-            qt = gp.quantize(x, format)
-            with pytest.raises(gp.BackendUnsupported, match=f"does not quantize to {format}"):
-                gp.quantize(x, format, backend="native")
-            with pytest.raises(gp.BackendUnsupported, match=f"does not dequantize {format}"):
-                gp.dequantize(qt, backend="native")
-        else:
-            assert gp.explain(gp.quantize, x, format).backend == "native"
+        assert gp.explain(gp.quantize, torch.randn(3, 40), format).backend == "native"
+
+
+def test_every_code_of_e3m4(isa):
+    """Also those that no quantizer writes: infinities, and NaN in every spelling."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
+    qt = gp.QuantizedTensor("fp8_e3m4", codes.shape, torch.float32, codes,
+                            torch.tensor([[1.0], [0.37], [1e-3]]))  # fmt: skip
+    for dtype in FLOATS:
+        assert_same_bits(gp.dequantize(qt, dtype, backend="native"),
+                         gp.dequantize(qt, dtype, backend="reference"))  # fmt: skip
 
 
 CHECKED = [case for case in CASES if case.tags & {"smoke", "edge"}]
@@ -142,7 +141,7 @@ def test_the_number_of_threads_changes_nothing(format, options):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("format", ["int8", "nf4", "int4", "fp8"])
+@pytest.mark.parametrize("format", ["int8", "nf4", "int4", "int3", "int2", "fp8", "fp8_e3m4"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_large_outputs(isa, format, dtype):
     x = torch.randn(4096, 2080, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -156,7 +155,6 @@ def test_large_outputs(isa, format, dtype):
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize(("format", "options"), ALL)
 def test_non_finite_input_is_refused_with_its_place(backend, format, options):
-    backend = "reference" if format in WITHOUT_KERNEL else backend
     for value in (float("nan"), float("inf"), float("-inf")):
         x = torch.zeros(7, 150)
         x[5, 137] = value
@@ -166,7 +164,7 @@ def test_non_finite_input_is_refused_with_its_place(backend, format, options):
 
 def test_fp8_keeps_nan_and_saturates_infinities_when_asked(isa):
     x = torch.tensor([[1.0, float("nan"), float("inf"), -float("inf"), 2.0, -0.5]] * 9)
-    for format in ("fp8", "fp8_e5m2"):
+    for format in ("fp8", "fp8_e5m2", "fp8_e3m4"):
         for granularity in ("row", "tensor", "block"):
             qt = assert_backends_agree(x, format, granularity=granularity, allow_nonfinite=True)
             dense = qt.dequantize()[0]
@@ -183,7 +181,6 @@ def test_scales_that_fp16_cannot_hold(backend):
 @pytest.mark.parametrize("backend", ["native", "reference", None])
 @pytest.mark.parametrize(("format", "options"), ALL)
 def test_opcheck(format, options, backend):
-    backend = "reference" if format in WITHOUT_KERNEL else backend
     x = torch.randn(6, 150)
     spec = formats.get(format).spec(**options)
     ops = torch.ops.genai_perf

@@ -14,20 +14,17 @@ from ...formats.dynamic_map import dynamic_map, kernel_tables
 from . import grid
 
 # csrc/cpu/quantize.h: how one element is held in a byte, and what a quantizer found.
-CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2, "fp8_240": 3}
+CODES = {"int8": 0, "fp8": 1, "fp8_e5m2": 2, "fp8_240": 3, "fp8_e3m4": 4}
+INTS = {"int4": 4, "int3": 3, "int2": 2}
 BOOKS = {"nf4": 0, "fp4": 1}
 NONFINITE, SCALE_OVERFLOW = 1, 2
 
 
 def why_not_quantize(x, format, *spec) -> str | None:
-    if format not in _ENCODERS:
-        return f"native does not quantize to {format}"
     return native.why_not(x)
 
 
 def why_not_dequantize(qdata, *rest) -> str | None:
-    if (format := next(a for a in rest if isinstance(a, str))) not in _DECODERS:
-        return f"native does not dequantize {format}"
     return native.why_not(qdata, *(t for t in rest if isinstance(t, torch.Tensor)))
 
 
@@ -125,23 +122,24 @@ def _dequantize_book(qdata, scale, zero_point, nested, offset, format, group_siz
                           pointer(out), DTYPE_CODES[out.dtype], threads())  # fmt: skip
 
 
-def _groups(shape: tuple[int, ...], group_size: int, scale_dtype: torch.dtype) -> tuple[int, ...]:
-    """rows, cols, group, scale_dtype, threads of csrc/cpu/quantize.h GroupArgs."""
+def _groups(bits: int, shape: tuple[int, ...], group_size: int,
+            scale_dtype: torch.dtype) -> tuple[int, ...]:  # fmt: skip
+    """bits, rows, cols, group, scale_dtype, threads of csrc/cpu/quantize.h GroupArgs."""
     *lead, cols = shape
     group = cols if group_size == -1 else group_size
-    return math.prod(lead), cols, group, DTYPE_CODES[scale_dtype], threads()
+    return bits, math.prod(lead), cols, group, DTYPE_CODES[scale_dtype], threads()
 
 
-def _quantize_int4(x: torch.Tensor, spec: Spec, out: dict) -> int:
-    return lib().quantize_int4(*_groups(x.shape, spec.group_size, spec.scale_dtype), pointer(x),
-                               DTYPE_CODES[x.dtype], pointer(out["qdata"]), pointer(out["scale"]),
-                               pointer(out.get("zero_point")))  # fmt: skip
+def _quantize_groups(x: torch.Tensor, spec: Spec, out: dict, bits: int) -> int:
+    return lib().quantize_groups(*_groups(bits, x.shape, spec.group_size, spec.scale_dtype),
+                                 pointer(x), DTYPE_CODES[x.dtype], pointer(out["qdata"]),
+                                 pointer(out["scale"]), pointer(out.get("zero_point")))  # fmt: skip
 
 
-def _dequantize_int4(qdata, scale, zero_point, nested, offset, format, group_size, out) -> None:
-    lib().dequantize_int4(*_groups(out.shape, group_size, scale.dtype), pointer(qdata),
-                          pointer(scale), pointer(zero_point), pointer(out),
-                          DTYPE_CODES[out.dtype])  # fmt: skip
+def _dequantize_groups(qdata, scale, zero_point, nested, offset, format, group_size, out) -> None:
+    lib().dequantize_groups(*_groups(INTS[format], out.shape, group_size, scale.dtype),
+                            pointer(qdata), pointer(scale), pointer(zero_point), pointer(out),
+                            DTYPE_CODES[out.dtype])  # fmt: skip
 
 
 def _encoder(format: str):
@@ -150,11 +148,11 @@ def _encoder(format: str):
 
 _ENCODERS = {name: _encoder(name) for name in CODES} | {
     **{name: partial(_quantize_book, book=book) for name, book in BOOKS.items()},
-    "int4": _quantize_int4,
+    **{name: partial(_quantize_groups, bits=bits) for name, bits in INTS.items()},
     "dynamic8": _quantize_dynamic8,
 }
 _DECODERS = dict.fromkeys(CODES, _dequantize_scaled) | {
     **dict.fromkeys(BOOKS, _dequantize_book),
-    "int4": _dequantize_int4,
+    **dict.fromkeys(INTS, _dequantize_groups),
     "dynamic8": _dequantize_dynamic8,
 }
