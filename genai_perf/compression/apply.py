@@ -4,7 +4,7 @@ import ctypes
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableSequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from .ranks import Ranks
 from .recipe import Recipe
 from .report import LayerReport
 from .stages import calibrate, stages_of
-from .stored_block import encode, put_block
+from .stored_block import encode, encode_bias, put_block
 
 # Tokens that go through a block at once; more would hold larger activations for no more speed.
 BATCH_TOKENS = 4096
@@ -37,6 +37,7 @@ class BlockModel(Protocol):
 
     model: nn.Module
     blocks: list[tuple[str, nn.Module]]
+    spelling: Any  # `integrations.spelling.Spelling`
 
     def load_block(self, i: int) -> nn.Module: ...
     def free_block(self, i: int) -> None: ...
@@ -51,6 +52,7 @@ class BlockModel(Protocol):
     def tensor_name(self, name: str, layer: Layer) -> str: ...
     def stored_names(self, name: str, layer: Layer) -> list[str]: ...
     def get_weight(self, linear: Layer) -> torch.Tensor: ...
+    def take_weight(self, name: str, linear: Layer) -> torch.Tensor: ...
     def set_weight(self, linear: Layer, weight: torch.Tensor) -> None: ...
 
 
@@ -209,11 +211,30 @@ def _compress_block(
     tensors = model.block_tensors(i)
     known = {model.tensor_name(name, linear) for name, linear in linears.items()}
     _note_untouched(tensors, known, outcome)
-    for name, replacement in stored.items():
-        tensors.pop(model.tensor_name(name, linears[name]), None)  # a stack goes with its first
-        tensors |= replacement
+    tensors = _written(model, tensors, stored, linears)
     Ranks().from_first(lambda: store.write(tensors, outcome.to_dict()))
     return outcome
+
+
+def _written(
+    model: BlockModel,
+    tensors: dict[str, torch.Tensor],
+    stored: Mapping[str, Mapping[str, torch.Tensor]],
+    linears: Mapping[str, Layer],
+) -> dict[str, torch.Tensor]:
+    """A block's tensors as they are written: quantized layers by their stored tensors, and experts
+    that were taken out of their stack with their biases."""
+    packed, gone = {}, set()
+    for name, replacement in stored.items():
+        layer, held = linears[name], model.tensor_name(name, linears[name])
+        packed |= replacement
+        gone.add(held)
+        if isinstance(layer, Expert) and layer.bias is not None:
+            gone.add(f"{held}_bias")
+            bias = tensors[f"{held}_bias"][layer.index]
+            packed |= encode_bias(model.stored_names(name, layer), bias, layer)
+    dense = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    return model.spelling.written(dense) | packed
 
 
 def _advance(
@@ -229,8 +250,8 @@ def _advance(
 
 
 def _give_memory_back() -> None:
-    """Returns freed memory to the system: glibc keeps what small tensors leave in its heap, 4 MB
-    more after every block of 4.7 MB."""
+    """Returns freed memory to the system: glibc keeps what tensors below 32 MB leave in its heap,
+    some hundred megabytes by the end of a block of 250 MB, and more from block to block."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
         if trim is not None:
@@ -243,12 +264,26 @@ def quantization_config(model: BlockModel, recipe: Recipe, outcome: Outcome) -> 
         return None
     dense = [name for name, module in model.model.named_modules()
              if isinstance(module, nn.Linear) and name not in outcome.schemes]  # fmt: skip
+    dense = [model.spelling.tensor(f"{name}.weight").removesuffix(".weight")
+             for name in (*dense, *_routers(model))]  # fmt: skip
     first, scheme = next(iter(outcome.schemes.items()))
     if scheme is None:  # nf4
         dtype = model.stored_dtype(f"{first}.weight")
         nested = recipe.for_layer(first).quantizer.double_quant
         return bitsandbytes.quantization_config(double_quant=nested, dtype=dtype, skip=dense)
     return compressed_tensors.quantization_config(outcome.schemes, dense)
+
+
+def _routers(model: BlockModel) -> Iterator[str]:
+    """The weights in blocks that servers take for a linear layer's, and that are none in
+    transformers: a router's."""
+    for i, (prefix, block) in enumerate(model.blocks):
+        linears = model.linears(i)
+        for name, module in block.named_modules():
+            weight = getattr(module, "weight", None)
+            known = isinstance(module, nn.Linear | nn.Embedding) or f"{prefix}.{name}" in linears
+            if not known and isinstance(weight, nn.Parameter) and weight.dim() == 2:
+                yield f"{prefix}.{name}"
 
 
 def _compress_linears(
@@ -274,19 +309,21 @@ def _compress_linears(
             turn += 1
         if turn % ranks.count != ranks.rank:
             continue
-        weight = model.get_weight(linear).to(model.stored_dtype(model.tensor_name(name, linear)))
         started = time.perf_counter()
         if one is None:
+            weight = model.get_weight(linear).to(
+                model.stored_dtype(model.tensor_name(name, linear))
+            )
             done[name] = _report(name, "dense", weight, None, 0.0, tokens, 0.0, notes), None, None
             continue
+        _give_memory_back()
+        weight = model.take_weight(name, linear)
         result = one_layer.compress(weight, shared[hessian], one, name=name)
         model.set_weight(linear, result.weight)
         encoded = None
         if result.qweight is not None:
             names = model.stored_names(name, linear)
-            # Stacked experts in int8 are read by transformers from packed words alone.
-            layout = "pack-quantized" if isinstance(linear, Expert) else int8
-            encoded = encode(names, result.qweight, layout, one.quantizer)
+            encoded = encode(names, result.qweight, int8, one.quantizer, linear)
         report = _report(name, one.name, result.weight, result.qweight, result.error, tokens,
                          time.perf_counter() - started, notes + result.notes)  # fmt: skip
         done[name] = report, encoded, result.weight if ranks.count > 1 else None

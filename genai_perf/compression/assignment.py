@@ -82,10 +82,6 @@ def _stays_dense(model, name: str, layer: Expert, recipe: Recipe) -> str:
     quantizer = recipe.quantizer
     if quantizer is None:
         return ""
-    if not model.stored_names(name, layer):
-        return "it is stacked with other experts, which no checkpoint format here holds"
-    if getattr(quantizer, "activations", None):
-        return "transformers reads no experts with 8-bit activations"
     rows = quantizer.format in ("int8", "fp8") and _by_row(quantizer)
     if not quantizer.grouped and not rows:
         return "checkpoint formats hold experts in int2 to int4, or in int8 and fp8 by rows"

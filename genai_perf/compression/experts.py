@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..nn.experts import PRODUCTS, find_stacks
+from ..nn.experts import PRODUCTS, Stack, find_stacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,30 +16,32 @@ class Expert:
     """One matrix of a stack.
 
     Attributes:
-        module: the module that owns the stack.
-        parameter: the stack's name in it.
+        stack: where it lies.
         index: which expert.
-        transposed: the stack holds (in_features, out_features) matrices, not (out, in).
     """
 
-    module: nn.Module
-    parameter: str
+    stack: Stack
     index: int
-    transposed: bool
 
     def rows(self, stack: torch.Tensor) -> torch.Tensor:
         """This expert's (out_features, in_features) of a stack, a view."""
-        return stack[self.index].T if self.transposed else stack[self.index]
+        return stack[self.index].T if self.stack.transposed else stack[self.index]
 
     @property
     def widths(self) -> set[int]:
         """in_features of all the module's stacks."""
-        stacks = (p for p in self.module.parameters(recurse=False) if p.dim() == 3)
-        return {stack.shape[1] if self.transposed else stack.shape[2] for stack in stacks}
+        stacks = (p for p in self.stack.owner.parameters(recurse=False) if p.dim() == 3)
+        return {one.shape[1] if self.stack.transposed else one.shape[2] for one in stacks}
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.rows(getattr(self.module, self.parameter).detach())
+        return self.rows(self.stack.weight.detach())
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(out_features,), what is added to its product; None where nothing is."""
+        biases = getattr(self.stack.owner, f"{self.stack.parameter}_bias", None)
+        return None if biases is None else biases.detach()[self.index]
 
 
 def find(module: nn.Module) -> dict[str, Expert]:
@@ -55,9 +57,7 @@ def find(module: nn.Module) -> dict[str, Expert]:
         for index in range(max(len(stack.weight) for stack in mine)):
             for stack in mine:
                 if index < len(stack.weight):
-                    found[f"{path}.{index}.{stack.parameter}"] = Expert(
-                        stack.owner, stack.parameter, index, stack.transposed
-                    )
+                    found[f"{path}.{index}.{stack.parameter}"] = Expert(stack, index)
     return found
 
 
@@ -79,28 +79,35 @@ class Watch(TorchFunctionMode):
     def __init__(self, experts: Mapping[str, Expert], seen: Callable[[str, torch.Tensor], None]):
         super().__init__()
         self._seen = seen
-        self._stacks: dict[int, dict[int, str]] = {}
+        self._stacks: dict[Stack, dict[int, str]] = {}
         for name, expert in experts.items():
-            stack = getattr(expert.module, expert.parameter)
-            self._stacks.setdefault(id(stack), {})[expert.index] = name
+            self._stacks.setdefault(expert.stack, {})[expert.index] = name
         # A matrix on its way from its stack to its product; held, so that its id stays its own.
         self._taken: dict[int, tuple[torch.Tensor, str]] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.__getitem__:
-            names, index = self._stacks.get(id(args[0])), args[1]
+            names, index = self._names(args[0]), args[1]
             one = isinstance(index, int) or (torch.is_tensor(index) and index.numel() == 1)
-            if names is not None and one:
+            if names and one:
                 self._taken[id(result)] = result, names[int(index)]
         elif func in _PRODUCTS and len(args) > 1:
             _, name = self._taken.pop(id(args[1]), (None, None))
             if name is not None:
                 self._seen(name, args[0])
-        elif func in (torch.bmm, torch.Tensor.bmm) and id(args[1]) in self._stacks:
-            for index, name in self._stacks[id(args[1])].items():
-                self._seen(name, args[0][index])
+        elif func in (torch.bmm, torch.Tensor.bmm):
+            for index, name in self._names(args[1]).items():
+                # Such experts are given every token, zeros where it is not routed to them.
+                routed = args[0][index][args[0][index].any(-1)]
+                if len(routed):
+                    self._seen(name, routed)
         return result
+
+    def _names(self, tensor: torch.Tensor) -> dict[int, str]:
+        """The experts by index if this is a stack now: hooks may replace the parameter."""
+        found = (names for stack, names in self._stacks.items() if stack.weight is tensor)
+        return next(found, {})
 
 
 _PRODUCTS = (nn.functional.linear, *PRODUCTS)

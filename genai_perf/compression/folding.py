@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, MutableSequence
 
 import torch
 
+from .._errors import CheckpointError
 from .hessian import Hessian
 from .recipe import Recipe
 from .rotation import BlockRotation
@@ -49,7 +50,15 @@ class Folds:
         return self._rotation.stream.back(hidden).to(hidden.dtype) if self._rotation else hidden
 
     def before_calibration(self, i: int) -> tuple[str, ...]:
-        """Folds what needs no calibration into block i, loaded; returns notes."""
+        """Folds what needs no calibration into block i, loaded; returns notes.
+
+        Raises:
+            CheckpointError: a block that is not on the device whole.
+        """
+        if i in self._model.offloaded and (self._rotation or self._steps):
+            prefix, (taken, free) = self._model.blocks[i][0], self._model.offloaded[i]
+            raise CheckpointError(f"{prefix}: takes {taken} bytes where {free} are free, and steps "
+                                  f"that fold need it whole: use device='cpu'")  # fmt: skip
         if not self._rotation:
             return ()
         notes = self._rotation.block(i, self._probe)

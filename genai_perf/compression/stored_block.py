@@ -1,48 +1,57 @@
 """A quantized layer as its checkpoint stores it, and a stored block back in the model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
-from ..formats import QuantizedTensor
+from ..formats import QuantizedTensor, rows
 from ..io import bitsandbytes, compressed_tensors
+from .capture import Layer
+from .experts import Expert
 from .steps import GPTQ, RTN
 
 Schemes = dict[str, compressed_tensors.Scheme | None]
 
 
 def encode(
-    names: Sequence[str], qweight: QuantizedTensor, int8: str, quantizer: RTN | GPTQ
+    names: Sequence[str], qweight: QuantizedTensor, int8: str, quantizer: RTN | GPTQ, layer: Layer
 ) -> tuple[dict[str, torch.Tensor], Schemes]:
     """The stored tensors of a quantized layer, and the scheme of each of `names`, None under nf4.
 
     Args:
-        names: what the checkpoint calls the layer; several share its rows equally, in order.
+        names: what the checkpoint calls the layer; several share its rows equally.
     """
     tensors: dict[str, torch.Tensor] = {}
     schemes: Schemes = {}
-    for name, part in zip(names, _parts(qweight, len(names)), strict=True):
+    for name, part in zip(names, _parts(qweight, len(names), layer), strict=True):
         if part.format == "nf4":
             tensors |= bitsandbytes.encode(name, part)
             schemes[name] = None
             continue
         activations = getattr(quantizer, "activations", None) is not None
-        layout = "int-quantized" if activations else int8
+        # Experts in int8 are read by transformers from packed words alone.
+        packed = isinstance(layer, Expert) and not activations
+        layout = "pack-quantized" if packed else "int-quantized" if activations else int8
         scheme = compressed_tensors.scheme(part, int8=layout)
         schemes[name] = scheme._replace(activations=activations)
         tensors |= compressed_tensors.encode(name, part, int8=layout)
     return tensors, schemes
 
 
-def _parts(qweight: QuantizedTensor, count: int) -> Iterator[QuantizedTensor]:
+def _parts(qweight: QuantizedTensor, count: int, layer: Layer) -> Iterator[QuantizedTensor]:
     """Equal numbers of rows, each with its scales."""
-    rows = qweight.shape[0] // count
-    for start in range(0, rows * count, rows):
-        part = qweight if count == 1 else qweight.rows(start, start + rows)
-        if count > 1:  # what is written must not share memory
-            part = replace(part, **{k: t.clone() for k, t in part.components().items()})
-        yield part
+    if count == 1:
+        yield qweight
+        return
+    for part in rows.split(qweight, count, interleaved=layer.stack.interleaved):
+        yield part.own()  # what is written must not share memory
+
+
+def encode_bias(names: Sequence[str], bias: torch.Tensor, layer: Expert) -> dict[str, torch.Tensor]:
+    """The biases of the layers that an expert becomes, from (out_features,) of its own."""
+    count = len(names)
+    parts = [bias[i::count] for i in range(count)] if layer.stack.interleaved else bias.chunk(count)
+    return {f"{name}.bias": part.clone() for name, part in zip(names, parts, strict=True)}
 
 
 def decode(
@@ -68,11 +77,12 @@ def put_block(
         schemes: name in the checkpoint -> scheme of each quantized layer, among others.
     """
     model.load_block(i)
-    for name in model.block_tensors(i).keys() & tensors.keys():
-        model.set_tensor(name, tensors[name])  # folds change normalizations too
+    for name, tensor in model.spelling.read(model.block_tensors(i), tensors):
+        model.set_tensor(name, tensor)  # folds change normalizations too
     for name, linear in model.linears(i).items():
         names = model.stored_names(name, linear)
         if names and names[0] in schemes:
             dtype = model.stored_dtype(model.tensor_name(name, linear))
             parts = [decode(n, tensors, schemes[n]).dequantize(dtype) for n in names]
-            model.set_weight(linear, torch.cat(parts))
+            turns = isinstance(linear, Expert) and linear.stack.interleaved
+            model.set_weight(linear, rows.in_turns(parts) if turns else torch.cat(parts))

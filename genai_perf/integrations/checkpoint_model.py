@@ -5,9 +5,8 @@ layer) comes from the model's own code, which runs once with every block replace
 So there is no code per architecture.
 """
 
-import inspect
-from collections.abc import Iterable, Iterator, MutableSequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,11 @@ from .._errors import CalibrationError, CheckpointError
 from ..compression import experts
 from ..compression.capture import Layer
 from ..io.checkpoints import Checkpoint, check_finite
-from . import skeleton
+from . import offload, skeleton
+from .recording import Recorded, replaced, same
+from .spelling import Spelling
+
+FreeMemory = Callable[[torch.device], int | None]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class CheckpointModel:
         path: checkpoint folder, dense (not quantized).
         dtype: of loaded weights and of the computation; None: that of the checkpoint.
         device: where loaded blocks and hidden states live.
+        calibrated: Hessians will be collected beside the blocks.
+        free_memory: bytes free on a device, None for any number. A block that does not fit with its
+            Hessians is loaded on the CPU, and run on the device one layer at a time
+            (`offload`); tested with a CPU as the device, not run on a GPU.
 
     Raises:
         CheckpointError: see `Checkpoint`; also an unknown architecture, a tensor that is missing
@@ -65,7 +72,8 @@ class CheckpointModel:
     """
 
     def __init__(self, path: str | Path, *, dtype: torch.dtype | None = None,
-                 device: str | torch.device = "cpu"):  # fmt: skip
+                 device: str | torch.device = "cpu", calibrated: bool = False,
+                 free_memory: FreeMemory = offload.free_memory):  # fmt: skip
         self.checkpoint = Checkpoint(path)
         if self.checkpoint.quantization is not None:
             method = self.checkpoint.quantization.get("quant_method")
@@ -75,7 +83,11 @@ class CheckpointModel:
         self.config = self.model.config
         self.dtype: torch.dtype = self.config.dtype
         self.device = torch.device(device)
+        self._calibrated, self._free_memory = calibrated, free_memory
+        # Blocks that did not fit -> bytes they take, bytes that were free.
+        self.offloaded: dict[int, tuple[int, int]] = {}
         self.names = skeleton.Names(self.checkpoint, self.model)
+        self.spelling = Spelling(self.model, self.names)
         self.blocks: list[tuple[str, nn.Module]] = skeleton.find_blocks(self.model)
         self._shapes = {name: tensor.shape for name, tensor in skeleton.stored(self.model)}
         self._prefixes = tuple(f"{prefix}." for prefix, _ in self.blocks)
@@ -117,8 +129,20 @@ class CheckpointModel:
     def load_block(self, i: int) -> nn.Module:
         """Gives block i its weights in `dtype`, checked for NaN and infinity; returns the block."""
         prefix, block = self.blocks[i]
-        self._load(name for name, _ in skeleton.stored(block, f"{prefix}."))
+        names = [name for name, _ in skeleton.stored(block, f"{prefix}.")]
+        taken, free = self._bytes(i, names), self._free_memory(self.device)
+        if free is not None and taken > free:
+            self.offloaded.setdefault(i, (taken, free))
+        self._load(names, torch.device("cpu") if i in self.offloaded else self.device)
         return block
+
+    def _bytes(self, i: int, names: list[str]) -> int:
+        """Of a block's weights, and of at most as many Hessians as it has layers."""
+        weights = sum(self._shapes[name].numel() for name in names) * self.dtype.itemsize
+        if not self._calibrated:
+            return weights
+        widths = (self.get_weight(layer).shape[1] for layer in self.linears(i).values())
+        return weights + sum(4 * width**2 for width in widths)
 
     def free_block(self, i: int) -> None:
         """Takes block i's weights away again."""
@@ -139,7 +163,9 @@ class CheckpointModel:
 
     def set_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Puts a tensor of a loaded block, perhaps a changed one, in its place."""
-        skeleton.assign(self.model, name, tensor.to(self.device, self.dtype, copy=True))
+        parent, _, leaf = name.rpartition(".")
+        device = getattr(self.model.get_submodule(parent), leaf).device
+        skeleton.assign(self.model, name, tensor.to(device, self.dtype, copy=True))
 
     def checkpoint_tensor(self, name: str) -> torch.Tensor:
         """A tensor of the model as the checkpoint stores it."""
@@ -172,18 +198,15 @@ class CheckpointModel:
         """The tensor that holds the weight of the layer of this full name: an expert's is its
         stack."""
         if isinstance(layer, experts.Expert):
-            return f"{name.rsplit('.', 2)[0]}.{layer.parameter}"
+            return f"{name.rsplit('.', 2)[0]}.{layer.stack.parameter}"
         return f"{name}.weight"
 
     def stored_names(self, name: str, layer: Layer) -> list[str]:
-        """What a checkpoint calls the layer of this full name: itself; an expert is what the files
-        call it where they hold experts one by one, in parts that share its rows (gate and up), and
-        nothing where they hold stacks."""
+        """What the written checkpoint calls the layer of this full name: itself; an expert has
+        several parts that share its rows (gate and up), see `Spelling.expert`."""
         if not isinstance(layer, experts.Expert):
             return [name]
-        if layer.transposed:
-            return []
-        return self.names.expert(self.tensor_name(name, layer), layer.index)
+        return self.spelling.expert(self.tensor_name(name, layer), layer.index)
 
     @staticmethod
     def as_rows(layer: Layer, tensor: torch.Tensor) -> torch.Tensor:
@@ -194,16 +217,27 @@ class CheckpointModel:
         return tensor.T if skeleton.is_conv1d(layer) else tensor
 
     def get_weight(self, layer: Layer) -> torch.Tensor:
-        """The weight as (out_features, in_features), a view."""
+        """The weight as (out_features, in_features), a view where it is on the model's device."""
         if isinstance(layer, experts.Expert):
-            return layer.weight
-        return self.as_rows(layer, layer.weight.detach())
+            weight = layer.weight
+        else:
+            weight = self.as_rows(layer, layer.weight.detach())
+        return weight if weight.is_meta else weight.to(self.device)
+
+    def take_weight(self, name: str, layer: Layer) -> torch.Tensor:
+        """The weight of the layer of this full name in the dtype that the checkpoint stores; a
+        layer with a copy in another gives that one up until it gets its new weight."""
+        weight = self.get_weight(layer)
+        taken = weight.to(self.stored_dtype(self.tensor_name(name, layer)))
+        if taken is not weight and not isinstance(layer, experts.Expert):
+            layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+        return taken
 
     @staticmethod
     def set_weight(linear: Layer, weight: torch.Tensor) -> None:
         """Replaces the weight by (out_features, in_features) values, kept in the layer's dtype."""
         if isinstance(linear, experts.Expert):
-            linear.weight.copy_(weight)
+            linear.weight.copy_(weight)  # a view of the stack
             return
         value = (weight.T if skeleton.is_conv1d(linear) else weight).contiguous()
         old = linear.weight
@@ -234,15 +268,15 @@ class CheckpointModel:
         def record(i: int, states: torch.Tensor, call: dict):
             if i == 0:
                 hidden.append(states)
-            call = next((old for old in kwargs[i] if _same(old, call)), call)
+            call = next((old for old in kwargs[i] if same(old, call)), call)
             kwargs[i].append(call)
             if i == len(self.blocks) - 1:
-                raise _Recorded
+                raise Recorded
             return (states,) if returns_tuple else states
 
-        with self._replaced(record):
+        with replaced(self.blocks, record):
             for batch in batches:
-                with suppress(_Recorded):
+                with suppress(Recorded):
                     self.model(input_ids=batch.to(self.device), use_cache=False)
         self._free(outside)
         return BlockInputs(hidden, kwargs)
@@ -250,8 +284,14 @@ class CheckpointModel:
     @torch.no_grad()
     def forward_block(self, i: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Block i's output for hidden states and the keyword arguments of `block_inputs`."""
-        output = self.blocks[i][1](hidden, **kwargs)
+        output = self._call(i, hidden, kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def _call(self, i: int, hidden: torch.Tensor, kwargs: dict[str, Any]):
+        block = self.blocks[i][1]
+        hooks = offload.one_layer_at_a_time(block, self.device)
+        with hooks if i in self.offloaded else nullcontext():
+            return block(hidden, **kwargs)
 
     def logits(self, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """The model's logits for the last block's output: final norm and head, by its own code.
@@ -275,7 +315,7 @@ class CheckpointModel:
                 if returns_tuple is None:
                     returns_tuple = self._returns_tuple(batch)
                 output = (hidden,) if returns_tuple else hidden
-                with torch.no_grad(), self._replaced(lambda i, states, call, o=output: o):
+                with torch.no_grad(), replaced(self.blocks, lambda i, states, call, o=output: o):
                     logits = self.model(input_ids=batch.to(self.device), use_cache=False).logits
                 yield logits
         finally:
@@ -297,13 +337,13 @@ class CheckpointModel:
         return [name for name, tensor in skeleton.stored(self.model)
                 if not name.startswith(self._prefixes) and id(tensor) not in skip]  # fmt: skip
 
-    def _load(self, names) -> None:
+    def _load(self, names, device: torch.device | None = None) -> None:
         for name in list(names):
             tensor = self.names.get(name, self._shapes[name])
             check_finite(name, tensor)
             # A copy in aligned memory: BLAS may round differently for another alignment, and the
             # place of a tensor in its file must not change a result.
-            tensor = tensor.to(self.device, self.dtype, copy=True)
+            tensor = tensor.to(device or self.device, self.dtype, copy=True)
             skeleton.assign(self.model, name, tensor)
         self.model.tie_weights()
 
@@ -320,56 +360,14 @@ class CheckpointModel:
 
         def first(i: int, states: torch.Tensor, call: dict):
             found.append((states, call))
-            raise _Recorded
+            raise Recorded
 
-        with self._replaced(first), suppress(_Recorded):
+        with replaced(self.blocks, first), suppress(Recorded):
             self.model(input_ids=batch[:1, :2].to(self.device), use_cache=False)
         loaded = next(self.blocks[0][1].parameters()).device.type != "meta"
-        block = self.blocks[0][1] if loaded else self.load_block(0)
-        output = block(found[0][0], **found[0][1])
+        if not loaded:
+            self.load_block(0)
+        output = self._call(0, *found[0])
         if not loaded:
             self.free_block(0)
         return isinstance(output, tuple)
-
-    @contextmanager
-    def _replaced(self, function) -> Iterator[None]:
-        """Every block's forward is `function(i, hidden states, other arguments by name)`."""
-
-        def recorder(i: int, block: nn.Module):
-            signature = inspect.signature(block.forward)
-            first = next(iter(signature.parameters))
-
-            def forward(*args, **kwargs):
-                bound = signature.bind(*args, **kwargs)
-                call = {}
-                for name, value in bound.arguments.items():
-                    extra = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-                    call.update(value if extra else {name: value})
-                return function(i, call.pop(first), call)
-
-            return forward
-
-        for i, (_, block) in enumerate(self.blocks):
-            block.forward = recorder(i, block)
-        try:
-            yield
-        finally:
-            for _, block in self.blocks:
-                del block.forward
-
-
-class _Recorded(Exception):
-    """The recorder of the last block has what it wants."""
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal arguments: tensors by value, containers by member, the rest by identity or equality."""
-    if a is b:
-        return True
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and type(a) is type(b):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b

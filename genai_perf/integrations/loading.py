@@ -15,7 +15,7 @@ from ..io.sparse_file import read_sparse
 from ..io.stored import Stored
 from ..nn import QuantLinear, SparseLinear
 from . import skeleton
-from .expert_parts import place_stacks
+from .expert_parts import Rows, place_stacks, stacked_biases
 
 
 def load_compressed(path: str | Path, *, dtype: torch.dtype | None = None,
@@ -46,8 +46,9 @@ def load_compressed(path: str | Path, *, dtype: torch.dtype | None = None,
     checkpoint = Checkpoint(path)
     model = skeleton.build(checkpoint, dtype)
     _place_sparse(checkpoint, model, backend)
+    biases = stacked_biases(checkpoint, model)
     experts = place_quantized(checkpoint, model, backend)
-    _load_rest(_DenseExperts(checkpoint, experts, model.config.dtype), model)
+    _load_rest(_DenseExperts(checkpoint, experts, biases, model.config.dtype), model)
     _load_generation_config(checkpoint.path, model)
     return model.requires_grad_(False)
 
@@ -117,27 +118,38 @@ def place_quantized(
 
 
 class _DenseExperts:
-    """A checkpoint whose quantized experts are read as the dense ones that they stand for."""
+    """A checkpoint whose quantized experts are read as the dense ones that they stand for, and
+    whose biases of experts as their stack."""
 
-    def __init__(self, checkpoint: Checkpoint, experts: dict[str, Stored], dtype: torch.dtype):
+    def __init__(self, checkpoint: Checkpoint, experts: dict[str, Stored], biases: dict[str, Rows],
+                 dtype: torch.dtype):  # fmt: skip
         self.path, self._checkpoint, self.dtype = checkpoint.path, checkpoint, dtype
         self._dense = {f"{name}.weight": stored for name, stored in experts.items()}
+        self._biases = biases
         self._keys = {key for stored in experts.values() for key in stored.keys}
+        self._keys |= {part for one in biases.values() for parts in one.parts for part in parts}
 
     def names(self) -> list[str]:
         others = [name for name in self._checkpoint.names() if name not in self._keys]
-        return others + list(self._dense)
+        return [*others, *self._dense, *self._biases]
 
     def info(self, name: str) -> TensorInfo:
-        if name not in self._dense:
+        if name in self._dense:
+            first = self._dense[name].keys[0]
+        elif name in self._biases:
+            first = self._biases[name].parts[0][0]
+        else:
             return self._checkpoint.info(name)
-        tensor, first = self.tensor(name), self._checkpoint.info(self._dense[name].keys[0])
-        return replace(first, shape=tuple(tensor.shape), dtype=tensor.dtype, nbytes=tensor.nbytes)
+        tensor = self.tensor(name)
+        return replace(self._checkpoint.info(first), shape=tuple(tensor.shape), dtype=tensor.dtype,
+                       nbytes=tensor.nbytes)  # fmt: skip
 
     def tensor(self, name: str) -> torch.Tensor:
-        if name not in self._dense:
-            return self._checkpoint.tensor(name)
-        return self._dense[name].read(self._checkpoint, self.dtype).dequantize()
+        if name in self._dense:
+            return self._dense[name].read(self._checkpoint, self.dtype).dequantize()
+        if name in self._biases:
+            return self._biases[name].read(self._checkpoint)
+        return self._checkpoint.tensor(name)
 
     def check_used(self, used: set[str], model: nn.Module) -> None:
         """Raises CheckpointError where the model has no place for a quantized layer."""

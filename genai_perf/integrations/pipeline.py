@@ -5,7 +5,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import metadata
@@ -106,7 +106,8 @@ def compress(
     # fp32 on a CPU, which is slow and coarse in half precision; what is stored is in the
     # checkpoint's dtype either way.
     on_cpu = torch.device(device).type == "cpu"
-    model = CheckpointModel(src, dtype=torch.float32 if on_cpu else None, device=device)
+    model = CheckpointModel(src, dtype=torch.float32 if on_cpu else None, device=device,
+                            calibrated=calibration is not None)  # fmt: skip
     windows = None
     if calibration is not None:
         windows = _windows(model, calibration, max_seqlen, n_samples, seed)
@@ -153,7 +154,7 @@ def compress(
             seconds=time.perf_counter() - started,
             peak_rss_bytes=_peak_rss(),
             versions=key["versions"],
-            notes=(*outcome.notes, *unknown),
+            notes=(*outcome.notes, *unknown, *_unread(model, outcome.schemes), *_offloaded(model)),
             quality=None if unseen is None else asdict(measure(model, recipe, store, unseen)),
         )
         store.write_json("report.json", report.to_dict())
@@ -196,6 +197,27 @@ def _layer_inputs(where: str, dst: Path, rank: int) -> Iterator[MutableSequence[
             yield OnDisk(folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unread(model: CheckpointModel, schemes: Mapping) -> list[str]:
+    """That transformers does not load quantized experts, and what does."""
+    found = model.spelling.unread(schemes)
+    if not found:
+        return []
+    version, kind = metadata.version("transformers"), model.checkpoint.config["model_type"]
+    return [f"{found[0]} and {len(found) - 1} more: experts are written one by one, as "
+            f"llm-compressor writes them; transformers {version} does not load those of {kind} in "
+            f"this scheme: genai_perf.load_compressed does"]  # fmt: skip
+
+
+def _offloaded(model: CheckpointModel) -> list[str]:
+    """That blocks did not fit the device, and how they were run."""
+    if not model.offloaded:
+        return []
+    first, (taken, free) = next(iter(model.offloaded.items()))
+    return [f"{model.blocks[first][0]} and {len(model.offloaded) - 1} more: at most {taken} bytes "
+            f"with Hessians where {model.device} had {free} free: run one layer at a time through "
+            f"accelerate's hooks"]  # fmt: skip
 
 
 def _limit(model: CheckpointModel) -> int | None:

@@ -31,7 +31,7 @@ VERSION = "0.20.0"  # of the library whose layout this is
 INT8_LAYOUTS = ("int-quantized", "pack-quantized")
 BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "fp8": 8}
 _PACKED = ("int2", "int3", "int4")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+EXPERT = re.compile(r"\.experts\.\d+\.")
 _TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 _STRATEGIES = {"channel": -1, "tensor": 0, "block": 128}  # -> QuantizedTensor.group_size
 _GROUP_SIZES = {size: name for name, size in _STRATEGIES.items()}
@@ -196,9 +196,9 @@ def quantization_config(layers: Mapping[str, Scheme], ignore: Iterable[str]) -> 
     groups = {}
     for i, found in enumerate(schemes):
         names = [name for name, other in layers.items() if other == found]
-        if all(found == other for name, other in layers.items() if _EXPERT.search(name)):
-            ours = [name for name in names if not _EXPERT.search(name)]
-            names = ours + ([f"re:.*{_EXPERT.pattern}.*"] if len(ours) < len(names) else [])
+        if all(found == other for name, other in layers.items() if EXPERT.search(name)):
+            ours = [name for name in names if not EXPERT.search(name)]
+            names = ours + ([f"re:.*{EXPERT.pattern}.*"] if len(ours) < len(names) else [])
         groups[f"group_{i}"] = {
             "targets": ["Linear"] if len(schemes) == 1 else names,
             "format": found.layout,

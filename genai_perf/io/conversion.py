@@ -18,6 +18,13 @@ TARGETS = (compressed_tensors.METHOD, gptq.METHOD, GPTQ_V2, awq.METHOD, bitsandb
            "dense")  # fmt: skip
 # Models whose linear layers are Conv1D: their dense weight is stored transposed.
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+# Families whose dense experts are stored in stacks, by transformers 5.23's table of conversions.
+STACKED_MODELS = (
+    "aria", "diffusion_gemma", "dots3_note", "gemma4", "gpt_oss", "granitemoe", "granitemoehybrid",
+    "granitemoeshared", "granitemoe_swa", "hy_v4", "inkling", "inkling2", "llama4", "mistral4",
+    "mistral_large4", "muse_spark", "openai_privacy_filter", "qwen3_5_moe", "qwen3_vl_moe",
+    "qwen4_exp", "step3p7", "unlimited_ocr", "zaya",
+)  # fmt: skip
 _BATCH = 256 << 20  # bytes of tensors that wait to be written as one part
 
 
@@ -49,10 +56,15 @@ def convert(src: str | Path, dst: str | Path, to: str, *, int8: str = "int-quant
     layers = quantized_layers(checkpoint)
     if not layers:
         raise CheckpointError(f"{checkpoint.path}: is dense: there is nothing to convert")
+    kind = str(checkpoint.config.get("model_type"))
+    apart = next((name for name in layers if compressed_tensors.EXPERT.search(name)), None)
+    if to == "dense" and apart and kind.removesuffix("_text") in STACKED_MODELS:
+        raise CheckpointError(f"{apart}: dense checkpoints of {kind} hold experts in stacks, which "
+                              f"convert does not put together")  # fmt: skip
     taken = {key for stored in layers.values() for key in stored.keys}
     others = [name for name in checkpoint.names() if name not in taken]
     dtype = model_dtype(checkpoint)
-    target = _Target(to, int8, dtype, checkpoint.config.get("model_type") in CONV1D_MODELS)
+    target = _Target(to, int8, dtype, kind in CONV1D_MODELS)
     with ShardWriter(dst, source=checkpoint.path, max_shard_size=max_shard_size) as writer:
         batch = _Batch(writer)
         for name, stored in layers.items():

@@ -15,7 +15,7 @@ from .._errors import CheckpointError
 from ..formats import QuantizedTensor
 from . import awq, bitsandbytes, compressed_tensors, gptq
 from .checkpoints import CONFIG, Checkpoint
-from .conversion import CONV1D_MODELS, dense_linears, model_dtype
+from .conversion import CONV1D_MODELS, STACKED_MODELS, dense_linears, model_dtype
 from .dialects import quantized_layers
 
 TARGETS = ("vllm", "transformers")
@@ -107,6 +107,10 @@ class _Check:
         self.checkpoint, self.layers, self.dense, self.tp = checkpoint, layers, dense, tp
         self.config = checkpoint.quantization
         self.file = checkpoint.path / CONFIG
+        self.kind: str = str(checkpoint.config.get("model_type"))
+
+    def _experts(self) -> list[str]:
+        return [name for name in self.layers if compressed_tensors.EXPERT.search(name)]
 
     # --- what every reader of the dialect needs ------------------------------------------------
 
@@ -206,6 +210,9 @@ class _Check:
             if layout == "int-quantized" and not group.get("input_activations"):
                 text = "int-quantized without input_activations: convert it to pack-quantized"
                 yield True, self.file, f"config group {key}: {text}"
+        if self.kind == "gpt_oss":
+            for name in self._experts():
+                yield True, name, "vLLM 0.33 reads no experts of gpt_oss that were quantized so"
         groups = compressed_tensors.Groups(self.config, self.file)
         packed = {name: qt for name, qt in self.layers.items()
                   if groups.scheme(name).layout == "pack-quantized"}  # fmt: skip
@@ -258,8 +265,16 @@ class _Check:
             yield False, self.file, f"{self.tp} ranks are not checked for transformers"
 
     def transformers_ct(self) -> Found:
-        if self.checkpoint.config.get("model_type") in CONV1D_MODELS:
+        if self.kind in CONV1D_MODELS:
             yield True, self.file, "Conv1D layers do not load from compressed-tensors"
+        groups = compressed_tensors.Groups(self.config, self.file)
+        for name in self._experts():
+            if self.kind.startswith("llama4"):
+                continue  # transformers takes its stacks apart itself
+            if self.kind.removesuffix("_text") in STACKED_MODELS:
+                yield True, name, f"transformers 5.23 reads no quantized experts of {self.kind}"
+            elif groups.scheme(name).activations:
+                yield True, name, "transformers 5.23 reads no experts with 8-bit activations"
         for name, qt in self.layers.items():
             if qt.zero_point is not None:
                 text = "packed zero points do not load (compressed-tensors 0.20)"

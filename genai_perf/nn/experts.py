@@ -21,23 +21,31 @@ class Stack:
         owner: the module that owns it.
         parameter: its name there.
         transposed: it holds (in_features, out_features) matrices, not (out, in).
+        interleaved: outputs of gate_proj and up_proj take turns in it, not one after the other.
     """
 
     owner: nn.Module
     parameter: str
     transposed: bool
+    interleaved: bool
 
     @property
     def weight(self) -> torch.Tensor:
         return getattr(self.owner, self.parameter)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linear layers that one matrix of it stands for, by their usual names: its outputs
+        are theirs."""
+        return ("gate_proj", "up_proj") if self.parameter == "gate_up_proj" else (self.parameter,)
 
 
 def find_stacks(model: nn.Module) -> dict[str, Stack]:
     """The stacks of a model, by the full names of their parameters.
 
     A stack is a 3-D parameter of a module whose name ends in "experts". How its matrices lie is
-    what the module says (transformers' `is_transposed`) or what the sizes of gate_up_proj and
-    down_proj say: the first gives twice what the second takes.
+    what the module says (transformers' `is_transposed`, `is_concatenated`) or what the sizes of
+    gate_up_proj and down_proj say: the first gives twice what the second takes.
     """
     found = {}
     for path, owner in model.named_modules():
@@ -45,7 +53,10 @@ def find_stacks(model: nn.Module) -> dict[str, Stack]:
                   if parameter.dim() == 3 and parameter.is_floating_point()}  # fmt: skip
         transposed = _transposed(owner) if path.endswith("experts") and stacks else None
         if transposed is not None:
-            found |= {f"{path}.{name}": Stack(owner, name, transposed) for name in stacks}
+            turns = getattr(owner, "is_concatenated", True) is False
+            found |= {f"{path}.{name}": Stack(owner, name, transposed,
+                                              turns and name == "gate_up_proj")
+                      for name in stacks}  # fmt: skip
     return found
 
 
