@@ -19,6 +19,7 @@ from ..io import awq, bitsandbytes, compressed_tensors, gptq
 from ..io.checkpoints import Checkpoint
 from ..io.dialects import quantized_layers
 from ..nn import QuantizedWeight
+from .expert_parts import stacked_biases
 from .loading import place_quantized
 from .quantizer import (
     Layers,
@@ -138,6 +139,10 @@ def _stored_config() -> type:
                                       "files: it needs a folder or repository")  # fmt: skip
             checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
             keys = [k for stored in quantized_layers(checkpoint).values() for k in stored.keys]
+            if biases := stacked_biases(checkpoint, model):
+                raise CheckpointError(f"{checkpoint.path}: {next(iter(biases))!r} is in parts, "
+                                      f"which transformers' loader does not put together: use "
+                                      f"load_compressed")  # fmt: skip
             with torch.device("cpu"):  # in place of transformers' meta device
                 left = place_quantized(checkpoint, model, None)
             if left:

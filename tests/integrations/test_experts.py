@@ -316,10 +316,16 @@ def test_a_mixture_keeps_the_names_of_its_files(saved, tmp_path, recipe):
 
 
 def test_experts_taken_apart_stay_quantized(saved, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from genai_perf.integrations.transformers import read_compressed
+
     gp.compress(saved("gpt-oss"), tmp_path / "out", "int4-rtn")
     with pytest.raises(CheckpointError, match="gpt_oss hold experts in stacks"):
         gp.io.convert(tmp_path / "out", tmp_path / "dense", "dense")
     assert not (tmp_path / "dense").exists()
+    with read_compressed(), pytest.raises(CheckpointError, match="in parts.*use load_compressed"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
