@@ -57,6 +57,7 @@ GP_DECLARE_KERNEL(bool, quant_matmul_int8, const QuantMatmulArgs&)
 // What quant_matmul_forward chooses from.
 GP_DECLARE_KERNEL(bool, quant_matmul_few_4bit, const QuantMatmulArgs&)
 GP_DECLARE_KERNEL(bool, quant_matmul_few_8bit, const QuantMatmulArgs&)
+GP_DECLARE_KERNEL(bool, quant_matmul_few_stream, const QuantMatmulArgs&)
 GP_DECLARE_KERNEL(bool, quant_matmul_many, const QuantMatmulArgs&)
 
 }  // namespace gp

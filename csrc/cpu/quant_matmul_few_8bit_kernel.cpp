@@ -1,6 +1,7 @@
 // int8 and fp8 weights against a few rows of x: bound by memory. Whatever the number of rows of x and
 // of W that are taken together, a product of two rows is one vector sum over 512 weights at a time
-// (128 where scales have blocks), these sums added up in order, the scale of a row applied last.
+// (128 where scales have blocks or groups), these sums added up in order, the scale of a row applied
+// last.
 #include "common/parallel.h"
 #include "cpu/quant_matmul_decode.h"
 
@@ -15,22 +16,32 @@ constexpr int64_t LINE = 64;
 
 constexpr int PAIR = 2 * VL;
 
-// PAIR codes without their scale, times `1 / lift<F>()`. With vectors, a NaN of e4m3fn comes out as a
-// number: `Nans` finds it.
+// Formats whose codes are an fp16 further up, but for those from `special` on: NaN, and infinity.
+template <QuantFormat F>
+constexpr bool is_half() { return F == QuantFormat::fp8 || F == QuantFormat::fp8_e3m4; }
+template <QuantFormat F>
+constexpr char special() { return F == QuantFormat::fp8 ? 0x7f : 0x70; }
+
+// PAIR codes without their scale, times `1 / lift<F>()`. With vectors, a special code comes out as a
+// number: `Specials` finds it.
 template <QuantFormat F>
 GP_INLINE inline void load_pair(const uint8_t* p, vf& a, vf& b) {
+#if defined(__AVX2__)
+  constexpr int up = F == QuantFormat::fp8 ? 7 : 6;
+  constexpr int16_t bits = F == QuantFormat::fp8 ? E4M3_BITS : E3M4_BITS;
+#endif
 #if defined(__AVX512F__)
-  if (F == QuantFormat::fp8) {
+  if (is_half<F>()) {
     const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16(E4M3_BITS));
+    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(w, up), _mm512_set1_epi16(bits));
     a = {_mm512_cvtph_ps(_mm512_castsi512_si256(half))};
     b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1))};
     return;
   }
 #elif defined(__AVX2__)
-  if (F == QuantFormat::fp8) {
+  if (is_half<F>()) {
     const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16(E4M3_BITS));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(w, up), _mm256_set1_epi16(bits));
     a = {_mm256_cvtph_ps(_mm256_castsi256_si128(half))};
     b = {_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
     return;
@@ -48,10 +59,13 @@ GP_INLINE inline void load_pair(const uint8_t* p, vf& a, vf& b) {
 
 #if defined(__AVX2__)
 template <QuantFormat F>
-constexpr float lift() { return F == QuantFormat::fp8 ? E4M3_LIFT : 1.0f; }
+constexpr float lift() {
+  return F == QuantFormat::fp8 ? E4M3_LIFT : F == QuantFormat::fp8_e3m4 ? E3M4_LIFT : 1.0f;
+}
 
-// Whether a NaN of e4m3fn was among the codes seen: the largest magnitude.
-struct Nans {
+// Whether a special code was among those seen: the largest magnitude.
+template <QuantFormat F>
+struct Specials {
   __m256i most = _mm256_setzero_si256();
   GP_INLINE void see(const uint8_t* p) {  // LINE of them
     const __m256i magnitude = _mm256_set1_epi8(0x7f);
@@ -61,28 +75,33 @@ struct Nans {
     }
   }
   bool any() const {
-    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(most, _mm256_set1_epi8(0x7f))) != 0;
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi8(most, _mm256_set1_epi8(special<F>() - 1))) != 0;
   }
 };
 #else
 template <QuantFormat F>
 constexpr float lift() { return 1.0f; }
-struct Nans {
+template <QuantFormat F>
+struct Specials {
   void see(const uint8_t*) {}
   bool any() const { return false; }
 };
 #endif
 
-// The factor of the block sums in a 128x128 blocked format; null otherwise.
-using BlockScales = const float*;
+// The factors of the sums of 128 columns in blocked and grouped formats, `stride` apart from one row
+// to the next (0 in a block of 128 x 128); null where a row has one scale.
+struct BlockScales {
+  const float* of;
+  int64_t stride;
+};
 
 // sums[r][m] (a vector each) += columns k0..k1-1 of R rows of W times M rows of x. k0 is a multiple
-// of SPAN; x has zeros from column k on. Returns whether a NaN was read as a number.
+// of SPAN; x has zeros from column k on. Returns whether a special code was read as a number.
 template <QuantFormat F, int R, int M>
 bool dot_rows(const uint8_t* w, int64_t k, int64_t k0, int64_t k1, const float* x, int64_t x_stride,
               BlockScales block_scales, float* sums, int64_t sums_stride) {
-  const int64_t span = block_scales ? 128 : SPAN;
-  Nans nans;
+  const int64_t span = block_scales.of ? 128 : SPAN;
+  Specials<F> specials;
   for (; k0 < k1; k0 += span) {
     const int64_t end = k0 + span < k1 ? k0 + span : k1;
     vf acc[R][M];
@@ -104,7 +123,7 @@ bool dot_rows(const uint8_t* w, int64_t k, int64_t k0, int64_t k1, const float* 
     for (; i + LINE <= end; i += LINE) {
       for (int r = 0; r < R; ++r) {
         prefetch(w + (R + r) * k + i);
-        if (F == QuantFormat::fp8) nans.see(w + r * k + i);
+        if (is_half<F>()) specials.see(w + r * k + i);
       }
       for (int u = 0; u < LINE; u += PAIR) {
         load_x(i + u, xa, xb);
@@ -116,7 +135,7 @@ bool dot_rows(const uint8_t* w, int64_t k, int64_t k0, int64_t k1, const float* 
       for (int r = 0; r < R; ++r) {
         uint8_t tail[LINE] = {};
         std::memcpy(tail, w + r * k + i, size_t(end - i < PAIR ? end - i : PAIR));
-        if (F == QuantFormat::fp8) nans.see(tail);
+        if (is_half<F>()) specials.see(tail);
         add(r, tail, xa, xb);
       }
     }
@@ -124,11 +143,15 @@ bool dot_rows(const uint8_t* w, int64_t k, int64_t k0, int64_t k1, const float* 
       for (int m = 0; m < M; ++m) {
         float* sum = sums + r * sums_stride + m * VL;
         const vf total = v_load(sum);
-        v_store(sum, block_scales ? v_fma(acc[r][m], v_set(block_scales[k0 / 128]), total)
-                                  : v_add(total, acc[r][m]));
+        if (block_scales.of) {
+          const float scale = block_scales.of[r * block_scales.stride + k0 / 128];
+          v_store(sum, v_fma(acc[r][m], v_set(scale), total));
+        } else {
+          v_store(sum, v_add(total, acc[r][m]));
+        }
       }
   }
-  return nans.any();
+  return specials.any();
 }
 
 // `count` (at most MAX_W_ROWS) rows of W against at most MAX_ROWS of x.
@@ -136,11 +159,11 @@ template <QuantFormat F>
 bool dot(int64_t count, int64_t m, const uint8_t* w, int64_t k, int64_t k0, int64_t k1,
          const float* x, int64_t x_stride, BlockScales block_scales, float* sums,
          int64_t sums_stride) {
-  bool nan = false;
+  bool special = false;
   int64_t r = 0;
   const auto rows = [&](auto* f, int64_t step) {
-    for (; r + step <= count; r += step)
-      nan |= f(w + r * k, k, k0, k1, x, x_stride, block_scales, sums + r * sums_stride, sums_stride);
+    for (; r + step <= count; r += step, block_scales.of += step * block_scales.stride)
+      special |= f(w + r * k, k, k0, k1, x, x_stride, block_scales, sums + r * sums_stride, sums_stride);
   };
   if (m == 1) rows(&dot_rows<F, 8, 1>, 8);
   if (m == 1) rows(&dot_rows<F, 4, 1>, 4);
@@ -149,7 +172,7 @@ bool dot(int64_t count, int64_t m, const uint8_t* w, int64_t k, int64_t k0, int6
   if (m >= 4) rows(&dot_rows<F, 2, 4>, 2);
   rows(m == 1 ? &dot_rows<F, 1, 1> : m == 2 ? &dot_rows<F, 1, 2>
      : m == 3 ? &dot_rows<F, 1, 3> : &dot_rows<F, 1, 4>, 1);
-  return nan;
+  return special;
 }
 
 bool all_finite(const float* row, int64_t n) {
@@ -163,7 +186,7 @@ bool run(const QuantMatmulArgs& a) {
   const QuantWeight& w = a.w;
   const int64_t n = w.n, k = w.k, m = a.m;
   const int64_t padded = (k + PAIR - 1) / PAIR * PAIR, blocks = (k + 127) / 128;
-  const bool by_block = w.group_size == 128;
+  const bool by_group = w.group_size == -128, by_block = w.group_size == 128 || by_group;
   // One thread converts so many in 15 us; waking another takes as long.
   const int threads = n * k < (1 << 18) ? 1 : a.threads;
   // Rows of one item: some 512 KiB, and never across a row of 128x128 blocks. The rows asked for ahead
@@ -174,7 +197,8 @@ bool run(const QuantMatmulArgs& a) {
   const int64_t piece = 4096 / m / SPAN * SPAN;
   const int64_t sums_stride = m * VL;
 
-  Scratch packed(m * padded * 4), scales(threads * blocks * 4), whole(threads * padded * 4);
+  const int64_t item_scales = by_group ? rows * blocks : blocks;
+  Scratch packed(m * padded * 4), scales(threads * item_scales * 4), whole(threads * padded * 4);
   Scratch totals(threads * rows * sums_stride * 4);
   if (!packed.ok() || !scales.ok() || !whole.ok() || !totals.ok()) return false;
   float* x = packed.as<float>();
@@ -187,30 +211,36 @@ bool run(const QuantMatmulArgs& a) {
   parallel_for((n + rows - 1) / rows, threads, [&](int64_t item, int thread) {
     const KeepSubnormals keep;
     float* sums = totals.as<float>() + thread * rows * sums_stride;
-    float* block_scales = nullptr;
-    if (by_block) {
-      block_scales = scales.as<float>() + thread * blocks;
-      const int64_t first = item * rows / 128 * blocks;
-      load_row(block_scales, offset(w.scale, first, w.scale_dtype), blocks, w.scale_dtype);
-    }
     const int64_t r0 = item * rows, count = r0 + rows < n ? rows : n - r0;
+    BlockScales block_scales{nullptr, by_group ? blocks : 0};
+    if (by_block) {
+      float* own = scales.as<float>() + thread * item_scales;
+      const int64_t first = (by_group ? r0 : r0 / 128) * blocks;
+      load_row(own, offset(w.scale, first, w.scale_dtype), by_group ? count * blocks : blocks,
+               w.scale_dtype);
+      block_scales.of = own;
+    }
     std::memset(sums, 0, size_t(count * sums_stride) * 4);
-    bool nan = false;
+    bool special = false;
     for (int64_t k0 = 0; k0 < k; k0 += piece)
-      for (int64_t r = 0; r < count; r += MAX_W_ROWS)
+      for (int64_t r = 0; r < count; r += MAX_W_ROWS) {
+        const BlockScales here{by_group ? block_scales.of + r * blocks : block_scales.of,
+                               block_scales.stride};
         for (int64_t m0 = 0; m0 < m; m0 += MAX_ROWS)
-          nan |= dot<F>(count - r < MAX_W_ROWS ? count - r : MAX_W_ROWS, m - m0, w.qdata + (r0 + r) * k, k,
-                        k0, k0 + piece < k ? k0 + piece : k, x + m0 * padded, padded, block_scales,
-                        sums + r * sums_stride + m0 * VL, sums_stride);
+          special |= dot<F>(count - r < MAX_W_ROWS ? count - r : MAX_W_ROWS, m - m0,
+                            w.qdata + (r0 + r) * k, k, k0, k0 + piece < k ? k0 + piece : k,
+                            x + m0 * padded, padded, here, sums + r * sums_stride + m0 * VL,
+                            sums_stride);
+      }
     for (int64_t r = r0; r < r0 + count; ++r) {
       const float scale = lift<F>() * (by_block ? 1.0f
           : load_one(w.scale, w.group_size == 0 ? 0 : r, w.scale_dtype));
       const float bias = a.bias ? load_one(a.bias, r, a.bias_dtype) : 0.0f;
       float* row = whole.as<float>() + thread * padded;
-      if (nan) decoder.row(r, 0, k, row);  // rare: the rows of such an item are summed one by one
+      if (special) decoder.row(r, 0, k, row);  // rare: the rows of such an item are summed one by one
       for (int64_t i = 0; i < m; ++i) {
         float y = v_sum(v_load(sums + (r - r0) * sums_stride + i * VL)) * scale;
-        if (nan && !all_finite(row, k)) {
+        if (special && !all_finite(row, k)) {
           y = 0.0f;
           for (int64_t e = 0; e < k; ++e) y += row[e] * x[i * padded + e];
         }
@@ -227,6 +257,7 @@ bool quant_matmul_few_8bit(const QuantMatmulArgs& a) {
   switch (a.w.format) {
     case QuantFormat::int8: return run<QuantFormat::int8>(a);
     case QuantFormat::fp8: return run<QuantFormat::fp8>(a);
+    case QuantFormat::fp8_e3m4: return run<QuantFormat::fp8_e3m4>(a);
     default: return run<QuantFormat::fp8_e5m2>(a);
   }
 }

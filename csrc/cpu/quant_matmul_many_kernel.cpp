@@ -113,11 +113,10 @@ bool quant_matmul_many(const QuantMatmulArgs& a) {
 bool quant_matmul_forward(const QuantMatmulArgs& a) {
   const KeepSubnormals keep;
   if (a.m > QUANT_MATMUL_FEW_ROWS) return quant_matmul_many(a);
-  const bool four_bit = has_book(a.w.format) || a.w.format == QuantFormat::int4;
-  const bool few = four_bit || a.w.format == QuantFormat::int8 || a.w.format == QuantFormat::fp8 ||
-      a.w.format == QuantFormat::fp8_e5m2;
-  if (!few || a.w.group_size == -128) return quant_matmul_many(a);
-  return four_bit ? quant_matmul_few_4bit(a) : quant_matmul_few_8bit(a);
+  if (has_book(a.w.format) || a.w.format == QuantFormat::int4) return quant_matmul_few_4bit(a);
+  if (a.w.format == QuantFormat::int3 || a.w.format == QuantFormat::int2)
+    return quant_matmul_few_stream(a);
+  return quant_matmul_few_8bit(a);
 }
 
 }  // namespace GP_ISA
