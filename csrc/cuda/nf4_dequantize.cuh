@@ -2,54 +2,13 @@
 //
 // A warp takes 1024 elements (512 bytes of codes) at a time: one 16-byte load a lane into shared
 // memory, from where the lanes take their codes in the order in which 16-byte stores coalesce.
-//
-// In a header, so that csrc/tests/test_cuda_nf4.cpp runs the same lines on the CPU.
 #pragma once
 
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#endif
-
-#include <cstdint>
-
-#include "common/codebooks.h"
+#include "cuda/common.cuh"
 
 namespace {
 
 constexpr int kWarps = 8, kWarpBytes = 512, kWarpElements = 2 * kWarpBytes;
-constexpr float kMaxFloat = 3.402823466e38f;
-
-struct Book {
-  float value[16];
-};
-constexpr Book copy_book() {
-  Book book{};
-  for (int i = 0; i < 16; ++i) book.value[i] = gp::NF4[i];
-  return book;
-}
-__constant__ Book kBook = copy_book();
-
-struct Scales {
-  const void* scale;     // fp32, or uint8 codes where nested != nullptr
-  const float* nested;
-  const float* offset;
-  const float* map;
-};
-
-// Each operation rounds on its own: a fused multiply-add would give other bits.
-__device__ float block_scale(const Scales& s, int64_t block) {
-  if (s.nested == nullptr) return __ldg(static_cast<const float*>(s.scale) + block);
-  const int code = __ldg(static_cast<const uint8_t*>(s.scale) + block);
-  const float wide = __fadd_rn(__fmul_rn(__ldg(s.map + code), __ldg(s.nested + block / 256)),
-                               __ldg(s.offset));
-  return fminf(wide, kMaxFloat);
-}
-
-__device__ void convert(float x, float* out) { *out = x; }
-__device__ void convert(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
-__device__ void convert(float x, __half* out) { *out = __float2half_rn(x); }
 
 template <class Out>
 __global__ void __launch_bounds__(32 * kWarps)
@@ -58,7 +17,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   constexpr int kStep = 16 / sizeof(Out);  // elements of one store
   __shared__ float book[16];
   __shared__ uint4 stage[kWarps][32];
-  if (threadIdx.x < 16) book[threadIdx.x] = kBook.value[threadIdx.x];
+  if (threadIdx.x < 16) book[threadIdx.x] = kNf4.value[threadIdx.x];
   __syncthreads();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -1,13 +1,16 @@
-// Runs a CUDA kernel on the CPU: every thread of a block is a thread, blocks run one after another,
-// shared memory is static. It checks a kernel's arithmetic and indices, not its speed, nor races that
-// the host's memory order hides.
+// Runs CUDA kernels on the CPU: every thread of a block is a fiber, which runs until it waits at a
+// barrier or in a shuffle; blocks run one after another; shared memory is static. It checks a kernel's
+// arithmetic and indices, not its speed, nor races that the fibers' order hides.
+//
+// Include it before a .cu file, and the file's entry points are those of the library, on host memory.
 #pragma once
 
-#include <pthread.h>
+#include <ucontext.h>
 
 #include <cmath>
 #include <cstdint>
-#include <thread>
+#include <cstdlib>
+#include <functional>
 #include <vector>
 
 #include "common/simd.h"
@@ -16,34 +19,144 @@
 #define __device__ inline
 #define __constant__ static const
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct Index {
   unsigned x;
 };
-static thread_local Index threadIdx, blockIdx, gridDim;
+static Index threadIdx, blockIdx, gridDim;
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+// --- threads -------------------------------------------------------------------------------------
+
+namespace emulation {
+
+constexpr size_t kStack = 128 * 1024;
+
+struct Block {
+  const std::function<void()>* kernel;
+  ucontext_t host;
+  std::vector<ucontext_t> fibers;
+  std::vector<bool> done;
+  unsigned current;
+};
+static Block* block;
+
+// On to the next fiber that is not done; back to the host after the last.
+inline void next(ucontext_t* from) {
+  const unsigned count = unsigned(block->fibers.size());
+  for (unsigned i = 1; i <= count; ++i) {
+    const unsigned to = (block->current + i) % count;
+    if (block->done[to]) continue;
+    block->current = to;
+    threadIdx = {to};
+    if (&block->fibers[to] != from) swapcontext(from, &block->fibers[to]);
+    return;
+  }
+  swapcontext(from, &block->host);
+}
+
+inline void enter() {
+  (*block->kernel)();
+  block->done[block->current] = true;
+  next(&block->fibers[block->current]);
+}
 
 class Barrier {
  public:
-  explicit Barrier(unsigned count) { pthread_barrier_init(&barrier_, nullptr, count); }
-  ~Barrier() { pthread_barrier_destroy(&barrier_); }
-  void wait() { pthread_barrier_wait(&barrier_); }
+  explicit Barrier(unsigned count) : count_(count) {}
+  void wait() {
+    const unsigned turn = turn_;
+    if (++here_ == count_) {
+      here_ = 0;
+      ++turn_;
+    }
+    while (turn == turn_) next(&block->fibers[block->current]);
+  }
 
  private:
-  pthread_barrier_t barrier_;
+  unsigned count_, here_ = 0, turn_ = 0;
 };
-static Barrier* block_barrier;
-static std::vector<Barrier*> warp_barriers;
-inline void __syncthreads() { block_barrier->wait(); }
-inline void __syncwarp() { warp_barriers[threadIdx.x / 32]->wait(); }
+static std::vector<Barrier> barriers;  // of the block, then of its warps
+
+struct Exchange {  // what the lanes of a warp bring to a shuffle; two, so that one barrier is enough
+  float values[2][32];
+  unsigned turn[32];
+};
+static std::vector<Exchange> exchanges;
+
+// kernel() with `blocks` blocks of `threads` threads, a multiple of 32.
+inline void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+  std::vector<char> stacks(threads * kStack);
+  gridDim = {blocks};
+  for (unsigned b = 0; b < blocks; ++b) {
+    blockIdx = {b};
+    barriers.assign(1, Barrier(threads));
+    barriers.resize(1 + threads / 32, Barrier(32));
+    exchanges.assign(threads / 32, Exchange{});
+    Block state{&kernel, {}, std::vector<ucontext_t>(threads), std::vector<bool>(threads), 0};
+    block = &state;
+    for (unsigned t = 0; t < threads; ++t) {
+      ucontext_t& fiber = state.fibers[t];
+      getcontext(&fiber);
+      fiber.uc_stack.ss_sp = stacks.data() + t * kStack;
+      fiber.uc_stack.ss_size = kStack;
+      fiber.uc_link = nullptr;
+      makecontext(&fiber, enter, 0);
+    }
+    threadIdx = {0};
+    swapcontext(&state.host, &state.fibers[0]);
+  }
+}
+
+}  // namespace emulation
+
+template <class F>
+void emulate(unsigned blocks, unsigned threads, const F& kernel) {
+  emulation::run(blocks, threads, kernel);
+}
+inline void __syncthreads() { emulation::barriers[0].wait(); }
+inline void __syncwarp() { emulation::barriers[1 + threadIdx.x / 32].wait(); }
+
+inline float exchange(float value, unsigned from) {
+  emulation::Exchange& warp = emulation::exchanges[threadIdx.x / 32];
+  const unsigned turn = warp.turn[threadIdx.x % 32]++ % 2;
+  warp.values[turn][threadIdx.x % 32] = value;
+  __syncwarp();
+  return warp.values[turn][from % 32];
+}
+inline float __shfl_sync(unsigned, float value, int lane) { return exchange(value, unsigned(lane)); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  return exchange(value, threadIdx.x ^ unsigned(mask));
+}
+
+// --- arithmetic ----------------------------------------------------------------------------------
 
 template <class T> inline T __ldg(const T* p) { return *p; }
 template <class T> inline void __stcs(T* p, T v) { *p = v; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __uint_as_float(uint32_t bits) { return gp::GP_ISA::bits_to_float(bits); }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int byte = selector >> 4 * i & 15;
+    if (byte > 7) std::abort();  // the sign of a byte: not emulated
+    out |= uint32_t(bytes >> 8 * byte & 255) << 8 * i;
+  }
+  return out;
+}
 
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -53,24 +166,41 @@ struct __half {
 };
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {gp::GP_ISA::float_to_bf16(x)}; }
 inline __half __float2half_rn(float x) { return {gp::GP_ISA::float_to_f16(x)}; }
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline float __half2float(__half x) { return gp::GP_ISA::f16_to_float(x.bits); }
 
-// kernel() with `blocks` blocks of `threads` threads, a multiple of 32.
-template <class F>
-void emulate(unsigned blocks, unsigned threads, const F& kernel) {
-  Barrier all(threads);
-  block_barrier = &all;
-  for (unsigned w = 0; w < threads / 32; ++w) warp_barriers.push_back(new Barrier(32));
-  for (unsigned b = 0; b < blocks; ++b) {
-    std::vector<std::thread> block;
-    for (unsigned t = 0; t < threads; ++t)
-      block.emplace_back([&, t] {
-        threadIdx = {t};
-        blockIdx = {b};
-        gridDim = {blocks};
-        kernel();
-      });
-    for (std::thread& thread : block) thread.join();
-  }
-  for (Barrier* barrier : warp_barriers) delete barrier;
-  warp_barriers.clear();
+// --- the runtime: one device, number 0 -----------------------------------------------------------
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorMisalignedAddress = 716,
+};
+using cudaStream_t = void*;
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
 }
+inline cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 2;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorMisalignedAddress: return "misaligned address";
+  }
+  return "unrecognized error code";
+}
+
+#define GP_LAUNCH(kernel, blocks, threads, stream, ...)                 \
+  ((void)(stream), emulate(blocks, threads, [&] { kernel(__VA_ARGS__); }))

@@ -17,10 +17,23 @@ def unavailable() -> str | None:
 
 def why_not(*tensors: torch.Tensor | None) -> str | None:
     """Why no CUDA kernel of ours can take these tensors, or None."""
-    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
-    if len(devices) != 1 or not next(iter(devices)).startswith("cuda"):
-        return f"cuda needs all tensors on one CUDA device, got {', '.join(sorted(devices))}"
-    return unavailable() or _load()[1]
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        found = ", ".join(sorted(map(str, devices)))
+        return f"cuda needs all tensors on one CUDA device, got {found}"
+    return unavailable() or _too_old(devices.pop()) or _load()[1]
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"cuda needs a device of sm_80 or newer, got sm_{major}{minor}"
+
+
+def place(tensor: torch.Tensor) -> tuple[int, int]:
+    """(device number, stream) of a kernel that works on `tensor`: torch's current stream."""
+    stream = torch.cuda.current_stream(tensor.device)
+    return stream.device_index, stream.cuda_stream
 
 
 @cache

@@ -29,6 +29,12 @@ def dynamic_map(signed: bool = True) -> torch.Tensor:
 
 
 @cache
+def map_on(device: torch.device) -> torch.Tensor:
+    """The signed map on `device`, copied there once: a kernel's launch waits for no copy."""
+    return dynamic_map().to(device)
+
+
+@cache
 def dynamic_bounds(signed: bool = True) -> torch.Tensor:
     """The 255 fp32 midpoints between neighbours; a value on one takes the lower code."""
     values = dynamic_map(signed)

@@ -20,7 +20,7 @@ QUANT_MATMUL = Op(
     f"(Tensor x, {_WEIGHT}, Tensor? bias, str format, int group_size, SymInt n, "
     "*, str? backend=None) -> Tensor",
     fake=fake_product,
-    backends=("triton", "nki", "native", "reference"),
+    backends=("cuda", "triton", "nki", "native", "reference"),
 )
 QUANT_MATMUL_BACKWARD = Op(
     __package__,
@@ -146,7 +146,8 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
         threshold: with activations="int8": a column of x that holds this magnitude or more in any
             row is not rounded, and meets the dequantized column of W in fp32 (LLM.int8; 6.0 is its
             choice). 0: none.
-        backend: "nki", "native" or "reference"; None takes the first that can run the call.
+        backend: "cuda", "triton", "nki", "native" or "reference"; None takes the first that can run
+            the call.
 
     Returns:
         (..., N), of the dtype of x. The same bits for any number of threads, and for a row of x

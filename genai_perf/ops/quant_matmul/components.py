@@ -7,6 +7,9 @@ from ...formats import FORMATS, CodeBook, IntGroups
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+# As csrc/cpu/quant_matmul.h and csrc/cuda/quant_formats.cuh number them.
+FORMAT_CODES = {"int8": 0, "fp8": 1, "fp8_240": 1, "fp8_e5m2": 2, "nf4": 3, "int4": 4, "fp4": 5,
+                "int3": 6, "int2": 7, "fp8_e3m4": 8}  # fmt: skip
 
 
 def check_components(format, n, k, weight, group_size) -> None:
@@ -41,3 +44,16 @@ def check_components(format, n, k, weight, group_size) -> None:
             names = " or ".join(map(str, dtypes))
             expected = f"{count} elements of {names} for {format} of shape {(n, k)}"
             fail("quant_matmul", f"qweight.{name}", expected, got)
+
+
+def scale_places(format: str, n: int, k: int, group_size: int) -> tuple[int, int, int]:
+    """(rows, stride, group), each at least 1: the scale of row i and column j is number
+    i // rows * stride + j // group; with a code book it is (i * k + j) // group."""
+    if isinstance(FORMATS[format], CodeBook):
+        return 1, 1, group_size
+    if isinstance(FORMATS[format], IntGroups):
+        group = max(k, 1) if group_size == -1 else group_size
+        return 1, max(-(-k // group), 1), group
+    if abs(group_size) == 128:
+        return 128 if group_size > 0 else 1, max(-(-k // 128), 1), 128
+    return max(n, 1) if group_size == 0 else 1, 1, max(k, 1)

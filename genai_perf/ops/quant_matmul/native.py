@@ -5,13 +5,11 @@ import torch
 from ..._backends import native
 from ..._dispatch import is_plain
 from ...formats.dynamic_map import dynamic_map
-from .components import FLOATS, check_components
+from .components import FLOATS, FORMAT_CODES, check_components
 from .outliers import multiply
 
-# csrc/cpu/quant_matmul.h holds the same numbers.
+# csrc/cpu/quant_matmul.h holds the same number.
 INT8_COLUMNS = 131072  # as many products of two int8 stay within int32
-FORMAT_CODES = {"int8": 0, "fp8": 1, "fp8_240": 1, "fp8_e5m2": 2, "nf4": 3, "int4": 4, "fp4": 5,
-                "int3": 6, "int2": 7, "fp8_e3m4": 8}  # fmt: skip
 
 
 def why_not(x, qdata, scale, zero_point, nested_scale, scale_offset, bias,

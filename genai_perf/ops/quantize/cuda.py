@@ -7,7 +7,7 @@ import torch
 from ..._backends import cuda
 from ..._backends.native import DTYPE_CODES, pointer
 from ...formats.base import from_parts
-from ...formats.dynamic_map import dynamic_map
+from ...formats.dynamic_map import map_on
 
 
 def why_not_dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, *rest):
@@ -24,11 +24,10 @@ def dequantize(qdata, scale, zero_point, nested_scale, scale_offset, format, gro
     # The kernels trust the sizes that they are given.
     from_parts(*tensors, format, group_size, out.shape, dtype).check()
     qdata, scale, _, nested, offset = tensors
-    codes = None if nested is None else dynamic_map().to(qdata.device)
+    codes = None if nested is None else map_on(qdata.device)
     run = cuda.kernel("gp_cuda_nf4_dequantize", *[c_void_p] * 5, c_int64, c_int64, c_void_p, c_int,
                       c_int, c_void_p)  # fmt: skip
-    stream = torch.cuda.current_stream(qdata.device).cuda_stream
     cuda.check(run(pointer(qdata), pointer(scale), pointer(nested), pointer(offset), pointer(codes),
-                   out.numel(), group_size, pointer(out), DTYPE_CODES[dtype], qdata.device.index,
-                   stream))  # fmt: skip
+                   out.numel(), group_size, pointer(out), DTYPE_CODES[dtype],
+                   *cuda.place(qdata)))  # fmt: skip
     return out

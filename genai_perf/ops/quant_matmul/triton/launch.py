@@ -9,7 +9,7 @@ from ...._backends import triton as toolchain
 from ....formats import FORMATS as CODECS
 from ....formats import NF4, CodeBook
 from ....formats.dynamic_map import dynamic_map
-from ..components import check_components
+from ..components import check_components, scale_places
 from . import FORMATS, configs
 from .kernels import (
     _quant_gemm_dx_kernel,
@@ -45,18 +45,9 @@ class Weight:
         self.n, self.k, self.format, self.nested, self.zeros = n, k, format, nested, zero
         self.flat = isinstance(CODECS[format], CodeBook)
         book = CODECS[format] if self.flat else NF4
-        group, rows, stride = group_size, 1, 1
-        if format == "int4":
-            group = k if group_size == -1 else group_size
-            stride = -(-k // max(group, 1))
-        elif not self.flat and abs(group_size) == 128:
-            rows, stride = 128 if group_size > 0 else 1, -(-k // 128)
-            group = 128
-        elif not self.flat:
-            group, rows = k, n if group_size == 0 else 1
-        self.group = max(group, 1)
+        self.numbers = scale_places(format, n, k, group_size)
+        self.group = self.numbers[-1]
         self.pointers = (qdata, scale, zero, nested, offset, _table(book, qdata.device))
-        self.numbers = (max(rows, 1), stride, self.group)
 
     def layout(self, block_k: int) -> dict[str, object]:
         """The constexprs that `weights.Layout` names, for tiles of block_k columns."""

@@ -1,0 +1,7 @@
+// The whole CUDA library on the CPU: tests/ops call it through the Python backend, with tensors in host
+// memory.
+#include "cuda_emulation.h"
+
+#include "cuda/library.cu"
+#include "cuda/nf4_dequantize.cu"
+#include "cuda/quant_matmul.cu"
