@@ -70,7 +70,7 @@ struct Backward {
 // One thread's scratch.
 struct Work {
   int64_t stride_k, stride_v, score_stride;
-  float *keys, *keys_t, *values_t, *dk, *dv, *queries, *dout, *scores, *dscores, *lines, *cap, *line, *sum, *factor;
+  float *keys, *keys_t, *values_t, *dk, *dv, *queries, *dout, *scores, *dscores, *cap, *line, *sum, *factor;
 
   Work(const Backward& w, float* memory)
       : stride_k(row_stride(w.s.dim)), stride_v(row_stride(w.s.dim_v)),
@@ -89,7 +89,6 @@ struct Work {
     dout = take(BLOCK_M * stride_v);
     scores = take(BLOCK_M * score_stride);
     dscores = take(BLOCK_M * score_stride);
-    lines = take(PACK_ROWS * max64(stride_k, stride_v));
     cap = take(score_stride);
     line = take(score_stride);
     sum = take(score_stride);
@@ -97,7 +96,7 @@ struct Work {
   }
   static int64_t size(const Backward& w) {
     const int64_t k = row_stride(w.s.dim), v = row_stride(w.s.dim_v), n = w.block_n + ROW_PAD;
-    return w.block_n * (3 * k + 2 * v) + BLOCK_M * (k + v + 2 * n) + PACK_ROWS * max64(k, v) + 4 * n;
+    return w.block_n * (3 * k + 2 * v) + BLOCK_M * (k + v + 2 * n) + 4 * n;
   }
 };
 
@@ -229,12 +228,12 @@ void run_pair(const Backward& w, const Work& t, const Sequence& seq, const Visib
                    t.score_stride, by_query, dim_chunk(s.dtype, s.dim_v));
     gradients(w, t, seq, visible, pair, by_query);
     product_sum<true>(pair.cols, round_up(s.dim_v, VL), t.scores, t.score_stride, t.dout, t.stride_v,
-                      t.dv, t.stride_v, by_key, true);
+                      t.dv, t.stride_v, by_key, true, sum_chunk(s.dtype));
     product_sum<true>(pair.cols, round_up(s.dim, VL), t.dscores, t.score_stride, t.queries,
-                      t.stride_k, t.dk, t.stride_k, by_key, true);
+                      t.stride_k, t.dk, t.stride_k, by_key, true, sum_chunk(s.dtype));
     // dQ takes the place of the queries, and is added to memory row by row, while it is near.
     product_sum<false>(pair.rows, round_up(s.dim, VL), t.dscores, t.score_stride, t.keys, t.stride_k,
-                       t.queries, t.stride_k, by_query, false);
+                       t.queries, t.stride_k, by_query, false, sum_chunk(s.dtype));
   } else {
     fill(t.queries, pair.rows * t.stride_k, 0.0f);
   }
@@ -257,8 +256,8 @@ void run_keys(const Backward& w, const Work& t, int64_t b, int64_t head_k, int64
   const void *k = at(w.a.k, b, row, head_k, s.dtype), *v = at(w.a.v, b, row, head_k, s.dtype);
   // The scale of dQ goes into these keys; that of dK comes with the packed queries.
   pack_rows(t.keys, t.stride_k, round_up(s.dim, VL), k, w.a.k.seq, cols, s.dim, s.dtype, s.scale);
-  pack_transposed(t.keys_t, padded, k, w.a.k.seq, cols, s.dim, s.dtype, t.lines);
-  pack_transposed(t.values_t, padded, v, w.a.v.seq, cols, s.dim_v, s.dtype, t.lines);
+  pack_transposed(t.keys_t, padded, k, w.a.k.seq, cols, s.dim, s.dtype);
+  pack_transposed(t.values_t, padded, v, w.a.v.seq, cols, s.dim_v, s.dtype);
   fill(t.dk, cols * t.stride_k, 0.0f);
   fill(t.dv, cols * t.stride_v, 0.0f);
   for (int64_t h = head_k * group; h < (head_k + 1) * group; ++h)

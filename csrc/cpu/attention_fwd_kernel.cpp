@@ -12,7 +12,7 @@ namespace GP_ISA {
 namespace {
 
 constexpr int64_t BLOCK_M = 96;
-constexpr int64_t ITEM_ROWS = 4 * BLOCK_M;
+constexpr int64_t ITEM_ROWS = 6 * BLOCK_M;
 
 // How the sequences are cut. The tiles of a key head are those of its group's query heads: from the last
 // queries to the first, and for the same queries head by head.
@@ -23,12 +23,15 @@ struct Cut {
   int64_t item_rows;     // queries of an item, at most
   int64_t* items_before;  // (batch + 1): items of one key head in the sequences before b
   int64_t query_stride, score_stride, value_stride;  // floats of a row
+  bool log2;  // scores are in units of log2(e): half types, whose own rounding hides that of the factor
 
   Cut(const AttentionFwdArgs& args, int64_t* counts)
       : a(args), s(args.shape),
         block_n(max64(s.dim, s.dim_v) <= 128 ? 256 : s.dim <= 256 ? 128 : 64),
         items_before(counts), query_stride(row_stride(s.dim)), score_stride(block_n + ROW_PAD),
-        value_stride(row_stride(s.dim_v)) {
+        value_stride(row_stride(s.dim_v)),
+        log2(s.dtype != DType::f32 && s.softcap == 0.0f && !s.alibi_slopes && !s.sinks &&
+             s.bias.kind != AttentionBias::additive) {
     int64_t tiles = 0;
     for (int64_t b = 0; b < s.batch; ++b) tiles += tiles_of(Sequence(s, b)) * s.heads;
     // Several items for each thread, so that they end together.
@@ -51,6 +54,7 @@ struct Cut {
 
 struct Tile {  // of queries of one head, its running state at row `at` of the item's
   int64_t h, q0, rows, at;
+  bool begun;  // out holds sums of a block before
 };
 
 // One thread's scratch.
@@ -71,31 +75,30 @@ struct Work {
     out = take(cut.item_rows * cut.value_stride);
     max = take(cut.item_rows);
     sum = take(cut.item_rows);
-    line = take(max64(cut.block_n, PACK_ROWS * cut.s.dim));
+    line = take(cut.block_n);
   }
 };
 
-// x = exp(x - max) for n floats, a multiple of VL; returns their sum. Not inlined: alone, its
-// constants stay in registers (1.2 times as fast on a Zen 4 core with AVX2).
+// x = exp(x - max), or 2^(x - max) by a shorter polynomial, for n floats, a multiple of VL; returns
+// their sum. Not inlined: alone, its constants stay in registers (1.2 times as fast on a Zen 4 core with
+// AVX2).
+template <bool LOG2>
 __attribute__((noinline)) float exp_row(float* x, int64_t n, float max) {
   const vf log2e = v_set(LOG2E), m = v_set(max);
   vf sum = v_zero(), sum2 = v_zero();
+  auto next = [&](float* at) {
+    const vf y = v_sub(v_load(at), m), p = LOG2 ? v_exp2<4>(y) : v_exp2(v_mul(y, log2e));
+    v_store(at, p);
+    return p;
+  };
   int64_t j = 0;
 #if !defined(__AVX2__) || defined(__AVX512F__)  // two chains fill the pipes, where registers last
   for (; j + 2 * VL <= n; j += 2 * VL) {
-    const vf p = v_exp2(v_mul(v_sub(v_load(x + j), m), log2e));
-    const vf p2 = v_exp2(v_mul(v_sub(v_load(x + j + VL), m), log2e));
-    v_store(x + j, p);
-    v_store(x + j + VL, p2);
-    sum = v_add(sum, p);
-    sum2 = v_add(sum2, p2);
+    sum = v_add(sum, next(x + j));
+    sum2 = v_add(sum2, next(x + j + VL));
   }
 #endif
-  for (; j < n; j += VL) {
-    const vf p = v_exp2(v_mul(v_sub(v_load(x + j), m), log2e));
-    v_store(x + j, p);
-    sum = v_add(sum, p);
-  }
+  for (; j < n; j += VL) sum = v_add(sum, next(x + j));
   return v_sum(v_add(sum, sum2));
 }
 
@@ -107,18 +110,25 @@ void softmax_strip(const Cut& cut, const Work& w, const Tile& t, int64_t r, int6
   float top[MR];
   for (int64_t i = 0; i < n; ++i) {
     const float* x = w.scores + (r + i) * cut.score_stride;
-    vf v = v_set(w.max[t.at + r + i]);
-    for (int64_t j = lo; j < hi; j += VL) v = v_max(v, v_load(x + j));
-    top[i] = v_hmax(v);
+    vf v = v_set(w.max[t.at + r + i]), v2 = v;
+    int64_t j = lo;
+    for (; j + 2 * VL <= hi; j += 2 * VL) {
+      v = v_max(v, v_load(x + j));
+      v2 = v_max(v2, v_load(x + j + VL));
+    }
+    if (j < hi) v = v_max(v, v_load(x + j));
+    top[i] = v_hmax(v_max(v, v2));
   }
   for (int64_t i = 0; i < n; ++i) {
     const int64_t row = t.at + r + i;
     const float base = top[i] == -INFINITY ? 0.0f : top[i];
-    const float sum = exp_row(w.scores + (r + i) * cut.score_stride + lo, hi - lo, base);
+    float* x = w.scores + (r + i) * cut.score_stride + lo;
+    const float sum = cut.log2 ? exp_row<true>(x, hi - lo, base) : exp_row<false>(x, hi - lo, base);
     if (top[i] != w.max[row]) {
-      const float rescale = __builtin_expf(w.max[row] - base);
+      const float lower = w.max[row] - base;
+      const float rescale = cut.log2 ? __builtin_exp2f(lower) : __builtin_expf(lower);
       w.sum[row] *= rescale;
-      scale_row(w.out + row * cut.value_stride, round_up(cut.s.dim_v, VL), rescale);
+      if (t.begun) scale_row(w.out + row * cut.value_stride, round_up(cut.s.dim_v, VL), rescale);
       w.max[row] = top[i];
     }
     w.sum[row] += sum;
@@ -129,17 +139,15 @@ void begin_tile(const Cut& cut, const Work& w, const Sequence& seq, int64_t b, c
   const AttentionShape& s = cut.s;
   pack_rows(w.queries + t.at * cut.query_stride, cut.query_stride, s.dim,
             at(cut.a.q, b, seq.first_q + t.q0, t.h, s.dtype), cut.a.q.seq, t.rows, s.dim, s.dtype,
-            s.scale);
+            cut.log2 ? s.scale * LOG2E : s.scale);
   const float sink = sink_of(s, t.h);
   fill(w.max + t.at, t.rows, sink);
   fill(w.sum + t.at, t.rows, sink == -INFINITY ? 0.0f : 1.0f);
-  fill(w.out + t.at * cut.value_stride, t.rows * cut.value_stride, 0.0f);
 }
 
 // One packed block of keys; `bounds` are those of the tile in it.
 void add_block(const Cut& cut, const Work& w, const Sequence& seq, const Visible& visible, int64_t b,
-               const Tile& t, int64_t k0, int64_t cols,
-               const Bounds& bounds) {
+               Tile& t, int64_t k0, int64_t cols, const Bounds& bounds) {
   const AttentionShape& s = cut.s;
   const ScoreRule rule(s, seq, b, t.h);
   const Dropout dropout(s, b, t.h);
@@ -170,19 +178,26 @@ void add_block(const Cut& cut, const Work& w, const Sequence& seq, const Visible
     }
   }
   product_sum<false>(t.rows, round_up(s.dim_v, VL), w.scores, cut.score_stride, w.values,
-                     cut.value_stride, w.out + t.at * cut.value_stride, cut.value_stride, bounds, true);
+                     cut.value_stride, w.out + t.at * cut.value_stride, cut.value_stride, bounds, t.begun,
+                     sum_chunk(s.dtype));
+  t.begun = true;
 }
 
 void end_tile(const Cut& cut, const Work& w, const Sequence& seq, int64_t b, const Tile& t) {
   const AttentionShape& s = cut.s;
   const int64_t row0 = seq.first_q + t.q0;
   float* lse = cut.a.lse + b * s.lse_batch + t.h * s.lse_head + row0;
+  if (!t.begun)
+    fill(w.out + t.at * cut.value_stride, t.rows * cut.value_stride, 0.0f);
   for (int64_t r = 0; r < t.rows; ++r) {
     float* out = w.out + (t.at + r) * cut.value_stride;
     const float sum = w.sum[t.at + r];
+    const double max = cut.log2 ? w.max[t.at + r] * LN2 : w.max[t.at + r];
+    if (r + AHEAD < t.rows)
+      prefetch_row<Prefetch::write>(at(cut.a.out, b, row0 + r + AHEAD, t.h, s.dtype), s.dim_v, s.dtype);
     scale_row(out, s.dim_v, sum == 0.0f ? 0.0f : 1.0f / sum);
     store_row(at(cut.a.out, b, row0 + r, t.h, s.dtype), out, s.dim_v, s.dtype);
-    lse[r] = sum == 0.0f ? -INFINITY : float(double(w.max[t.at + r]) + __builtin_log(double(sum)));
+    lse[r] = sum == 0.0f ? -INFINITY : float(max + __builtin_log(double(sum)));
   }
 }
 
@@ -199,7 +214,7 @@ void run_item(const Cut& cut, const Work& w, int64_t item) {
   int64_t count = 0, at = 0, lo = seq.len_k, hi = 0;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t q0 = (tiles / group - 1 - i / group) * BLOCK_M;
-    const Tile t{head_k * group + i % group, q0, min64(BLOCK_M, seq.len_q - q0), at};
+    const Tile t{head_k * group + i % group, q0, min64(BLOCK_M, seq.len_q - q0), at, false};
     begin_tile(cut, w, seq, b, t);
     lo = min64(lo, visible.lo(q0));
     hi = max64(hi, visible.hi(q0 + t.rows - 1));
@@ -215,7 +230,7 @@ void run_item(const Cut& cut, const Work& w, int64_t item) {
       if (!query_bounds(bounds, visible, blocks, tile[i].q0, tile[i].rows, k0, cols)) continue;
       if (!packed) {
         pack_transposed(w.keys, round_up(cols, VL), gp::GP_ISA::at(cut.a.k, b, row, head_k, s.dtype),
-                        cut.a.k.seq, cols, s.dim, s.dtype, w.line);
+                        cut.a.k.seq, cols, s.dim, s.dtype);
         pack_rows(w.values, cut.value_stride, round_up(s.dim_v, VL),
                   gp::GP_ISA::at(cut.a.v, b, row, head_k, s.dtype), cut.a.v.seq, cols, s.dim_v,
                   s.dtype, 1.0f);

@@ -143,10 +143,10 @@ struct ScoreRule {
 
  private:
   void cap(float* x, int64_t n, float* derivative) const {
-    const vf inverse = v_set(1.0f / softcap), c = v_set(softcap), one = v_set(1.0f);
+    const vf c = v_set(softcap), one = v_set(1.0f);
     for (int64_t j = 0; j < n; j += VL) {
       const int count = int(min64(VL, n - j));
-      const vf t = v_tanh(v_mul(v_load_n(x + j, count), inverse));
+      const vf t = v_tanh(v_div(v_load_n(x + j, count), c));
       v_store_n(x + j, v_mul(t, c), count);
       if (derivative) v_store_n(derivative + j, v_fma(v_mul(t, v_set(-1.0f)), t, one), count);
     }

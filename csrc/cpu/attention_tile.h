@@ -3,6 +3,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/attention_math.h"
+#include "cpu/transpose.h"
 
 namespace gp {
 namespace GP_ISA {
@@ -24,6 +25,8 @@ constexpr int64_t CHUNK = 128;
 static inline int64_t dim_chunk(DType type, int64_t dim) {
   return type != DType::f32 ? CHUNK : dim > 64 ? 32 : 16;
 }
+// Sums over keys or queries: what half types lose to rounding hides that of a block's.
+static inline int64_t sum_chunk(DType type) { return type == DType::f32 ? CHUNK : 2 * CHUNK; }
 // Rows of a packed tile are this many floats longer than the data: 64 bytes, which keeps a column
 // of cache lines from falling into one set of the L1 cache when the row is a power of two long.
 constexpr int64_t ROW_PAD = 16;
@@ -31,11 +34,11 @@ static inline int64_t row_stride(int64_t dim) { return round_up(dim, 16) + ROW_P
 
 // --- the matrix product --------------------------------------------------------------------------
 
-// C[M x N*VL] (+)= A[M x depth] B[depth x N*VL]; A is read by rows of stride lda, or, transposed,
-// as A[k * lda + m].
+// C[M x N*VL] = from + A[M x depth] B[depth x N*VL]; A is read by rows of stride lda, or, transposed,
+// as A[k * lda + m]. `from` is null for zeros.
 template <int M, int N, bool TRANSPOSED>
 static inline void micro(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-                         float* c, int64_t ldc, bool add) {
+                         const float* from, int64_t ldf, float* c, int64_t ldc) {
   vf acc[M][N];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
@@ -57,26 +60,38 @@ static inline void micro(int64_t depth, const float* a, int64_t lda, const float
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       float* out = c + i * ldc + j * VL;
-      v_store(out, add ? v_add(acc[i][j], v_load(out)) : acc[i][j]);
+      v_store(out, from ? v_add(acc[i][j], v_load(from + i * ldf + j * VL)) : acc[i][j]);
     }
 }
 
-// At most MR rows and exactly N vectors of columns.
+template <int N, bool TRANSPOSED>
+static inline void micro_rows(int64_t rows, int64_t depth, const float* a, int64_t lda,
+                              const float* b, int64_t ldb, const float* from, int64_t ldf, float* c,
+                              int64_t ldc) {
+  if (rows == MR) return micro<MR, N, TRANSPOSED>(depth, a, lda, b, ldb, from, ldf, c, ldc);
+  const int64_t step = TRANSPOSED ? 1 : lda;
+  auto next = [&](int64_t done) {
+    rows -= done, a += done * step, c += done * ldc;
+    if (from) from += done * ldf;
+  };
+  for (; rows >= 4; next(4)) micro<4, N, TRANSPOSED>(depth, a, lda, b, ldb, from, ldf, c, ldc);
+  for (; rows >= 2; next(2)) micro<2, N, TRANSPOSED>(depth, a, lda, b, ldb, from, ldf, c, ldc);
+  for (; rows > 0; next(1)) micro<1, N, TRANSPOSED>(depth, a, lda, b, ldb, from, ldf, c, ldc);
+}
+
+// At most MR rows and exactly N vectors of columns. Between chunks the sums wait in the L1 cache, where
+// C need not be.
 template <int N, bool TRANSPOSED>
 static inline void strip(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
                          int64_t ldb, float* c, int64_t ldc, bool add, int64_t chunk) {
-  for (; depth > chunk; depth -= chunk, b += chunk * ldb, add = true) {
-    strip<N, TRANSPOSED>(rows, chunk, a, lda, b, ldb, c, ldc, add, chunk);
-    a += chunk * (TRANSPOSED ? lda : 1);
+  alignas(64) float sums[MR * N * VL];
+  const float* from = add ? c : nullptr;
+  int64_t ldf = ldc;
+  for (; depth > chunk; depth -= chunk, b += chunk * ldb, a += chunk * (TRANSPOSED ? lda : 1)) {
+    micro_rows<N, TRANSPOSED>(rows, chunk, a, lda, b, ldb, from, ldf, sums, N * VL);
+    from = sums, ldf = N * VL;
   }
-  if (rows == MR) return micro<MR, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
-  const int64_t step = TRANSPOSED ? 1 : lda;
-  for (; rows >= 4; rows -= 4, a += 4 * step, c += 4 * ldc)
-    micro<4, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
-  for (; rows >= 2; rows -= 2, a += 2 * step, c += 2 * ldc)
-    micro<2, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
-  for (; rows > 0; --rows, a += step, c += ldc)
-    micro<1, N, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, add);
+  micro_rows<N, TRANSPOSED>(rows, depth, a, lda, b, ldb, from, ldf, c, ldc);
 }
 
 // A tile's rows, MR at a time: strip s uses columns [lo[s], hi[s]) only.
@@ -110,7 +125,8 @@ static void product_scores(int64_t rows, int64_t cols, int64_t depth, const floa
 // of its bounds. Columns are a multiple of VL.
 template <bool TRANSPOSED>
 static void product_sum(int64_t rows, int64_t cols, const float* a, int64_t lda, const float* b,
-                        int64_t ldb, float* c, int64_t ldc, const Bounds& bounds, bool add) {
+                        int64_t ldb, float* c, int64_t ldc, const Bounds& bounds, bool add,
+                        int64_t chunk) {
   for (int64_t n = 0; n < cols;) {
     const bool wide = cols - n >= NR;
     for (int64_t m = 0, s = 0; m < rows; m += MR, ++s) {
@@ -119,8 +135,8 @@ static void product_sum(int64_t rows, int64_t cols, const float* a, int64_t lda,
       const int64_t r = min64(MR, rows - m);
       const float* x = TRANSPOSED ? a + k * lda + m : a + m * lda + k;
       const float* y = b + k * ldb + n;
-      if (wide) strip<NV, TRANSPOSED>(r, depth, x, lda, y, ldb, c + m * ldc + n, ldc, add, CHUNK);
-      else strip<1, TRANSPOSED>(r, depth, x, lda, y, ldb, c + m * ldc + n, ldc, add, CHUNK);
+      if (wide) strip<NV, TRANSPOSED>(r, depth, x, lda, y, ldb, c + m * ldc + n, ldc, add, chunk);
+      else strip<1, TRANSPOSED>(r, depth, x, lda, y, ldb, c + m * ldc + n, ldc, add, chunk);
     }
     n += wide ? NR : VL;
   }
@@ -155,11 +171,14 @@ static inline void fill(float* x, int64_t n, float value) {
   for (int64_t i = 0; i < n; ++i) x[i] = value;
 }
 
-// A row that will be read soon. Rows of one head lie pages apart, where no hardware prefetcher follows.
+// A row that will soon be read, or written. Rows of one head lie pages apart, where no hardware
+// prefetcher follows.
+enum class Prefetch { read, write };
+template <Prefetch HOW = Prefetch::read>
 static inline void prefetch_row(const void* row, int64_t dim, DType type) {
   const char* p = static_cast<const char*>(row);
   const int64_t bytes = dim * (type == DType::f32 ? 4 : 2);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, HOW == Prefetch::write);
 }
 constexpr int64_t AHEAD = 8;  // rows
 
@@ -176,61 +195,47 @@ static void pack_rows(float* dst, int64_t ld, int64_t padded, const void* src, i
 
 #if defined(__AVX2__)
 constexpr int PACK_ROWS = 8;
-// dst[i * ld + j] = src[j * ld_src + i] for i, j < 8.
-static inline void transpose8(float* dst, int64_t ld, const float* src, int64_t ld_src) {
-  __m256 r[8], t[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * ld_src);
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(dst + i * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(dst + (i + 4) * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
-}
 #else
 constexpr int PACK_ROWS = 1;
 #endif
 
 // The transpose of `rows` rows, in the panels that product_scores reads; columns past `rows`, up to
-// `padded` (a multiple of VL), are 0. `lines` holds PACK_ROWS * dim floats.
-static void pack_transposed(float* dst, int64_t padded, const void* src, int64_t stride,
-                            int64_t rows, int64_t dim, DType type, float* lines) {
+// `padded` (a multiple of VL), are 0.
+template <DType TYPE>
+static void pack_transposed_of(float* dst, int64_t padded, const void* src, int64_t stride,
+                               int64_t rows, int64_t dim) {
   for (int64_t n = 0; n < padded; n += PACK_ROWS) {
     const int64_t first = n / NR * NR;  // the panel of column n: NR wide while NR columns are left
     const bool wide = padded - first >= NR;
     const int64_t width = wide ? NR : VL, panel = wide ? first : n / VL * VL;
     float* out = dst + panel * dim + (n - panel);
     for (int64_t j = n + AHEAD; j < min64(n + AHEAD + PACK_ROWS, rows); ++j)
-      prefetch_row(offset(src, j * stride, type), dim, type);
-    const float* from = lines;
-    int64_t ld = dim;
-    if (type == DType::f32 && n + PACK_ROWS <= rows) {
-      from = static_cast<const float*>(src) + n * stride, ld = stride;
-    } else {
-      for (int64_t j = 0; j < PACK_ROWS; ++j) {
-        if (n + j < rows) load_row(lines + j * dim, offset(src, (n + j) * stride, type), dim, type);
-        else fill(lines + j * dim, dim, 0.0f);
-      }
-    }
+      prefetch_row(offset(src, j * stride, TYPE), dim, TYPE);
     int64_t k = 0;
 #if defined(__AVX2__)
-    for (; k + 8 <= dim; k += 8) transpose8(out + k * width, width, from + k, ld);
+    for (; k + 8 <= dim; k += 8) {
+      __m256 block[8];
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j)
+        block[j] = n + j < rows ? load8(src, (n + j) * stride + k, TYPE) : _mm256_setzero_ps();
+      transpose8(block);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) _mm256_storeu_ps(out + (k + j) * width, block[j]);
+    }
 #endif
     for (; k < dim; ++k)
-      for (int64_t j = 0; j < PACK_ROWS; ++j) out[k * width + j] = from[j * ld + k];
+      for (int64_t j = 0; j < PACK_ROWS; ++j)
+        out[k * width + j] = n + j < rows ? load_one(src, (n + j) * stride + k, TYPE) : 0.0f;
   }
+}
+
+static void pack_transposed(float* dst, int64_t padded, const void* src, int64_t stride,
+                            int64_t rows, int64_t dim, DType type) {
+  if (type == DType::f32)
+    return pack_transposed_of<DType::f32>(dst, padded, src, stride, rows, dim);
+  if (type == DType::bf16)
+    return pack_transposed_of<DType::bf16>(dst, padded, src, stride, rows, dim);
+  pack_transposed_of<DType::f16>(dst, padded, src, stride, rows, dim);
 }
 
 }  // namespace GP_ISA
