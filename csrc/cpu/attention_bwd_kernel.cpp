@@ -50,12 +50,13 @@ struct Backward {
     if (dq_in_place) return static_cast<float*>(at(a.dq, b, i, h, s.dtype));
     return dq + row(b, h, i) * dq_stride;
   }
-  // `first`: of the blocks of keys that add to this row; x is overwritten.
+  // `first`: of the blocks of keys that add to this row; x may be overwritten.
   void add_dq(int64_t b, int64_t h, int64_t i, float* x, bool first, bool last) const {
     float* sum = dq_row(b, h, i);
-    if (!first) add_row(x, sum, s.dim);
-    if (last) store_row(at(a.dq, b, i, h, s.dtype), x, s.dim, s.dtype);
-    else copy_row(sum, x, s.dim);
+    const bool store = last && !dq_in_place;
+    if (!first) add_row(store ? x : sum, store ? sum : x, s.dim);
+    else if (!store) copy_row(sum, x, s.dim);
+    if (store) store_row(at(a.dq, b, i, h, s.dtype), x, s.dim, s.dtype);
   }
   // The blocks of keys that a block of queries sees; last < first if none.
   int64_t first_block(const Visible& visible, int64_t block_q) const {
