@@ -33,6 +33,7 @@ class QuantConfig:
     activations: str | None = None
     threshold: float = 0.0
     search: bool = False
+    allow_nonfinite: bool = False
 
     def __post_init__(self):
         get(self.format).spec(**self._options())

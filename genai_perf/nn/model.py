@@ -50,8 +50,8 @@ def quantize_model(model: nn.Module, config: str | QuantConfig, *,
 
     Raises:
         ValueError: nothing to quantize, a `skip` or `importance` entry that matches nothing, or a
-            weight with an infinity or NaN (named), with `strict` a layer on the reference (named,
-            with why).
+            weight with an infinity or NaN (named; fp8 with `allow_nonfinite` keeps NaN and
+            saturates infinities), with `strict` a layer on the reference (named, with why).
     """
     config = QuantConfig.of(config)
     if isinstance(skip, str):

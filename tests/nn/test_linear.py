@@ -240,5 +240,18 @@ def test_a_failure_leaves_the_model_as_it_was(tiny):
     assert isinstance(tiny.layers[0]["up"], nn.Linear)
 
 
+def test_fp8_keeps_nan_where_it_is_asked_to(tiny):
+    with torch.no_grad():
+        tiny.layers[1]["down"].weight[3, 5] = float("nan")
+        tiny.layers[0]["up"].weight[2, 1] = float("inf")
+    quantize_model(tiny, QuantConfig("fp8", allow_nonfinite=True))
+    assert tiny.layers[1]["down"].weight.tensor().dequantize().isnan().nonzero().tolist() == [
+        [3, 5]
+    ]
+    assert torch.isfinite(tiny.layers[0]["up"].weight.tensor().dequantize()).all()
+    with pytest.raises(ValueError, match="allow_nonfinite must be left out with format 'int8'"):
+        QuantConfig("int8", allow_nonfinite=True)
+
+
 def test_public_names():
     assert gp.QuantLinear is QuantLinear and gp.quantize_model is quantize_model
