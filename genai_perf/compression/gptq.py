@@ -122,7 +122,7 @@ def solve(
     if (factor.order is not None) != act_order:
         fail(name, "factor", f"made with by_diagonal={act_order}", f"{not act_order}")
     root, order = factor.root, factor.order
-    dense = weight.detach().to(root.dtype)
+    dense = weight.detach().to(root.dtype, copy=order is None)  # the sweep writes to it
     zero = None
     if mask is not None:
         if mask.shape != weight.shape:
@@ -131,14 +131,14 @@ def solve(
     importance = root.diagonal() ** 2
     if order is None:
         grid.fit(dense, importance)
-        new, _ = sweep(dense, root, block_size=block_size, zero=zero, grid=grid)
+        new, _ = sweep(dense, root, block_size=block_size, zero=zero, grid=grid, overwrite=True)
     else:
         back = order.argsort()
         grid.fit(dense, importance[back])
         visited = None if zero is None else zero[:, order]
         dense = dense[:, order]
         new, _ = sweep(dense, root, block_size=block_size, zero=visited,
-                       grid=_Permuted(grid, order))  # fmt: skip
+                       grid=_Permuted(grid, order), overwrite=True)  # fmt: skip
         del dense
         new = new[:, back]
     dtype = weight.dtype if weight.dtype in FLOATS else torch.float32

@@ -56,6 +56,7 @@ def sweep(
     sparsity: Sparsity | None = None,
     zero: torch.Tensor | None = None,
     grid: Grid | None = None,
+    overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prunes and rounds columns left to right, each error spread over the columns to its right.
 
@@ -68,30 +69,32 @@ def sweep(
     changes C before it starts from W_B + C V[:B, B] U[B, B].
 
     Args:
-        weight: (rows, columns) in the solver's dtype; not changed.
+        weight: (rows, columns) in the solver's dtype.
         root: (columns, columns), L of `hessian.factorize`.
         block_size: columns between two full updates of the weights to the right; a multiple of m.
         sparsity: how much to prune; None prunes only `zero`.
         zero: (rows, columns) bool, weights that are and stay zero.
         grid: rounds what is kept; zero must be one of its points.
+        overwrite: weight may be written to, which saves a copy of its size.
 
     Returns:
         (weight, pruned): (rows, columns) each, new tensors; pruned is bool.
     """
     step = _step(weight, root, block_size, sparsity, grid)
-    new, changes = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    new = weight.new_empty(weight.shape)
+    changes = weight if overwrite else weight.clone()  # dense weights until a block is done
     pruned = weight.new_zeros(weight.shape, dtype=torch.bool)
     if zero is not None:
         pruned |= zero
     for first in range(0, weight.shape[1], block_size):
         here = slice(first, first + block_size)
-        block, before = new[:, here], weight[:, here]
+        block, before = new[:, here], changes[:, here]
         factor = _inverse(root[here, here]).T.contiguous()
         with full_precision():
             carried = factor.T @ root[here, :first]
             torch.addmm(before, changes[:, :first], carried.T, out=block)
         step(block, pruned[:, here], factor, first)
-        torch.sub(before, block, out=changes[:, here])
+        before -= block
     return new, pruned
 
 
