@@ -60,10 +60,15 @@ const Layout LAYOUTS[] = {
     {"nf4 g256", QuantFormat::nf4, 256, true},    {"int4", QuantFormat::int4, 128, false},
     {"int4 zeros", QuantFormat::int4, 128, true}, {"int4 g32", QuantFormat::int4, 32, true},
     {"int4 g24", QuantFormat::int4, 24, true},    {"int4 row", QuantFormat::int4, -1, false},
+    {"int3", QuantFormat::int3, 128, false},      {"int3 zeros", QuantFormat::int3, 128, true},
+    {"int3 g24", QuantFormat::int3, 24, true},    {"int3 row", QuantFormat::int3, -1, false},
+    {"int2", QuantFormat::int2, 128, true},       {"int2 g8", QuantFormat::int2, 8, false},
+    {"e3m4", QuantFormat::fp8_e3m4, -1, false},   {"fp8 group", QuantFormat::fp8, -128, false},
 };
 
-double fp8_value(uint8_t b, bool e5m2) {
-  const int mantissa_bits = e5m2 ? 2 : 3, bias = e5m2 ? 15 : 7;
+double fp8_value(uint8_t b, QuantFormat format) {
+  const bool e5m2 = format == QuantFormat::fp8_e5m2, e3m4 = format == QuantFormat::fp8_e3m4;
+  const int mantissa_bits = e5m2 ? 2 : e3m4 ? 4 : 3, bias = e5m2 ? 15 : e3m4 ? 3 : 7;
   const int exponent = (b & 0x7f) >> mantissa_bits, mantissa = b & ((1 << mantissa_bits) - 1);
   const double m = double(mantissa) / (1 << mantissa_bits);
   const double value = exponent ? std::ldexp(1.0 + m, exponent - bias) : std::ldexp(m, 1 - bias);
@@ -78,11 +83,15 @@ struct Case {
 
 void run(const Case& c, const char* isa) {
   const int64_t n = c.n, k = c.k, m = c.m, g = c.layout.group;
-  const bool nf4 = c.layout.format == QuantFormat::nf4, int4 = c.layout.format == QuantFormat::int4;
-  const int64_t codes = nf4 ? (n * k + 1) / 2 : int4 ? n * ((k + 1) / 2) : n * k;
-  const int64_t row_groups = g > 0 ? (k + g - 1) / g : 1;
+  const QuantFormat format = c.layout.format;
+  const bool nf4 = format == QuantFormat::nf4, e3m4 = format == QuantFormat::fp8_e3m4;
+  const int bits = format == QuantFormat::int4 ? 4 : format == QuantFormat::int3 ? 3
+      : format == QuantFormat::int2 ? 2 : 0;  // of integers in groups
+  const int64_t row_bytes = (k * bits + 7) / 8, width = g == -128 ? 128 : g;
+  const int64_t codes = nf4 ? (n * k + 1) / 2 : bits ? n * row_bytes : n * k;
+  const int64_t row_groups = width > 0 ? (k + width - 1) / width : 1;
   const int64_t scales = nf4 ? (n * k + g - 1) / g
-      : int4 || g == -1 ? n * row_groups : g == 0 ? 1 : (n + 127) / 128 * row_groups;
+      : bits || g < 0 ? n * row_groups : g == 0 ? 1 : (n + 127) / 128 * row_groups;
   const int64_t nested = (scales + 255) / 256;
   Guarded qdata(codes, c.at_end), scale(scales * 4, c.at_end), extra(scales, c.at_end);
   Guarded nested_scale(nested * 4, c.at_end), map(256 * 4, c.at_end), shift(4, c.at_end);
@@ -91,13 +100,14 @@ void run(const Case& c, const char* isa) {
   for (int64_t i = 0; i < codes; ++i) {
     uint8_t b = uint8_t(random_bits());
     // No NaN or infinity: their handling is tested from Python.
-    if (c.layout.format == QuantFormat::fp8 && (b & 0x7f) == 0x7f) b ^= 1;
-    if (c.layout.format == QuantFormat::fp8_e5m2 && (b & 0x7f) >= 0x7c) b &= 0x83;
+    if (format == QuantFormat::fp8 && (b & 0x7f) == 0x7f) b ^= 1;
+    if (format == QuantFormat::fp8_e5m2 && (b & 0x7f) >= 0x7c) b &= 0x83;
+    if (e3m4 && (b & 0x7f) >= 0x70) b &= 0x8f;
     qdata.as<uint8_t>()[i] = b;
   }
   for (int64_t i = 0; i < scales; ++i) scale.as<float>()[i] = 0.01f + std::fabs(random_float());
   for (int64_t i = 0; i < scales; ++i) extra.as<uint8_t>()[i] = uint8_t(random_bits());
-  if (int4) for (int64_t i = 0; i < scales; ++i) extra.as<uint8_t>()[i] &= 15;
+  for (int64_t i = 0; bits && i < scales; ++i) extra.as<uint8_t>()[i] &= (1 << bits) - 1;
   for (int64_t i = 0; i < nested; ++i) nested_scale.as<float>()[i] = random_float();
   for (int64_t i = 0; i < 256; ++i) map.as<float>()[i] = random_float();
   *shift.as<float>() = 1.5f;
@@ -118,23 +128,26 @@ void run(const Case& c, const char* isa) {
             : map.as<float>()[extra.as<uint8_t>()[block]] * nested_scale.as<float>()[block / 256] +
                   *shift.as<float>();
         out = double(NF4[e % 2 ? b & 15 : b >> 4]) * absmax;
-      } else if (int4) {
+      } else if (bits) {
         const int64_t group = r * row_groups + (g > 0 ? i / g : 0);
-        const uint8_t b = q[r * ((k + 1) / 2) + i / 2];
-        const int zero = c.layout.extra ? extra.as<uint8_t>()[group] : 8;
-        out = double((i % 2 ? b >> 4 : b & 15) - zero) * s[group];
+        const int zero = c.layout.extra ? extra.as<uint8_t>()[group] : 1 << (bits - 1);
+        int code = 0;
+        for (int64_t j = i * bits; j < (i + 1) * bits; ++j)
+          code |= (q[r * row_bytes + j / 8] >> j % 8 & 1) << (j - i * bits);
+        out = double(code - zero) * s[group];
       } else {
         const uint8_t b = q[r * k + i];
-        const double value = c.layout.format == QuantFormat::int8
-            ? double(int8_t(b)) : fp8_value(b, c.layout.format == QuantFormat::fp8_e5m2);
-        out = value * s[g == 128 ? r / 128 * row_groups + i / 128 : g == 0 ? 0 : r];
+        const double value =
+            format == QuantFormat::int8 ? double(int8_t(b)) : fp8_value(b, format);
+        out = value * s[g == 128 ? r / 128 * row_groups + i / 128
+                        : g == -128 ? r * row_groups + i / 128 : g == 0 ? 0 : r];
       }
     }
 
   QuantMatmulArgs a{};
-  a.w = {c.layout.format, n, k, qdata.as<uint8_t>(), scale.as<float>(), DType::f32, nullptr,
+  a.w = {format, n, k, qdata.as<uint8_t>(), scale.as<float>(), DType::f32, nullptr,
          nullptr, map.as<float>(), shift.as<float>(), g};
-  if (int4 && c.layout.extra) a.w.zero_point = extra.as<uint8_t>();
+  if (bits && c.layout.extra) a.w.zero_point = extra.as<uint8_t>();
   if (nf4 && c.layout.extra) {
     a.w.scale = extra.as<uint8_t>();
     a.w.nested_scale = nested_scale.as<float>();
