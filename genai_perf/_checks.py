@@ -4,6 +4,8 @@ from collections.abc import Collection
 
 import torch
 
+FAR = 1 << 62  # beyond every length: kernels take 64-bit integers
+
 
 def fail(op: str, argument: str, expected: str, got: object) -> None:
     raise ValueError(f"{op}: {argument} must be {expected}, got {got}")

@@ -20,24 +20,34 @@ from types import ModuleType
 
 import torch
 from torch import library as torch_library
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _is_torch_function_mode_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from ._backends import native
 from ._config import CONFIG
 from ._errors import BackendUnsupported
 
 LIBRARY = torch_library.Library("genai_perf", "DEF")
+_NATIVE_FIRST = CONFIG.backend in (None, "native") and not CONFIG.triton_interpret
 _explaining: ContextVar[bool] = ContextVar("genai_perf_explaining", default=False)
 
 
 def unwatched() -> bool:
     """Whether nobody but autograd could want to see a call: torch's dispatcher can be left out."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        is_compiling()
+        or _len_torch_dispatch_stack()
+        or _is_torch_function_mode_enabled()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
         or _explaining.get()
     )
 
@@ -46,6 +56,20 @@ def is_plain(tensor: torch.Tensor) -> bool:
     """No subclass, no fake or meta tensor, no view that negates lazily."""
     kind = type(tensor)
     return (kind is torch.Tensor or kind is Parameter) and not (tensor.is_meta or tensor.is_neg())
+
+
+def goes_direct(*tensors: torch.Tensor) -> bool:
+    """Whether native's own function can be called in the place of an op that names no backend:
+    plain CPU tensors that want no gradient, nobody watches, and no other backend comes first."""
+    if not (_NATIVE_FIRST and unwatched()):
+        return False
+    wants_grad = torch.is_grad_enabled()
+    for t in tensors:
+        if not (type(t) is torch.Tensor or type(t) is Parameter) or not t.is_cpu or t.is_neg():
+            return False
+        if wants_grad and t.requires_grad:
+            return False
+    return native.unavailable() is None
 
 
 @dataclass(frozen=True)
@@ -96,7 +120,7 @@ class Op:
         self._overload = getattr(torch.ops.genai_perf, name).default
 
     def __call__(self, *args, backend: str | None = None):
-        if not torch.compiler.is_compiling() and _explaining.get():
+        if not is_compiling() and _explaining.get():
             raise _Explained(self.explain(*args, backend=backend))
         if unwatched():
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
@@ -146,8 +170,6 @@ class Op:
 
     def _warn(self, args: tuple, reasons: dict[str, str | None]) -> None:
         """Said once: the slow reference runs on an accelerator, or for want of the extension."""
-        from ._backends import native
-
         accelerated = any(isinstance(a, torch.Tensor) and a.device.type != "cpu" for a in args)
         if not self._warned and (accelerated or native.unavailable()):
             self._warned = True

@@ -45,6 +45,28 @@ void bind_attention(py::module_& m) {
     py::gil_scoped_release release;
     require_memory(GP_KERNEL(attention_fwd)(args));
   });
+  // Without packed sequences, masks, bias and dropout. `addresses`: q, k, v, out, lse. `options`:
+  // window_left, window_right, dtype, threads. Returns false, with nothing done, where shapes or
+  // strides do not fit.
+  m.def("attention_plain", [](const Ints& addresses, const Four& q_shape, const Four& q_stride,
+                              const Four& k_shape, const Four& k_stride, const Four& v_shape,
+                              const Four& v_stride, const Ints& options, float scale,
+                              float softcap) {
+    const Heads h(false, addresses, q_shape, q_stride, k_shape, k_stride, v_shape, v_stride);
+    if (!h.fits || h.batch_k != h.batch) return false;
+    gp::AttentionShape s{};
+    s.batch = h.batch, s.seqlen_q = h.seqlen_q, s.seqlen_k = h.seqlen_k;
+    s.heads = h.heads, s.heads_k = h.heads_k, s.dim = h.dim, s.dim_v = h.dim_v;
+    s.lse_batch = h.heads * h.seqlen_q, s.lse_head = h.seqlen_q;
+    s.window_left = h.side(options.at(0)), s.window_right = h.side(options.at(1));
+    s.scale = scale, s.softcap = softcap;
+    s.dtype = static_cast<gp::DType>(options.at(2)), s.threads = static_cast<int>(options.at(3));
+    const gp::AttentionFwdArgs args{s, h.q, h.k, h.v, h.out(addresses.at(3)),
+                                    pointer_at<float>(addresses, 4)};
+    py::gil_scoped_release release;
+    require_memory(GP_KERNEL(attention_fwd)(args));
+    return true;
+  });
   // `dbias`: (address, batch, head and row strides) or nothing.
   m.def("attention_bwd", [](const Ints& sizes, const Ints& bias, const Ints& blocks,
                             const Ints& dropout, const std::vector<float>& factors,

@@ -9,23 +9,23 @@ import sys
 from functools import lru_cache
 
 import torch
+from torch.compiler import is_compiling
 
 from .._checks import fail
 from ..ops.attention import attention
 from ..ops.decode_attention import decode_attention
+from ..ops.decode_attention.native import direct
 from .masks import Packing, RuleMask, mask, pack_sequences
 
 NAME = "genai_perf"
 _WHERE = "attn_implementation='genai_perf'"
-# Elements of the keys from which `decode_attention` is the faster one: at 8 heads of 128, 256 keys
-# (two cores of an AMD EPYC, Zen 4).
-DECODE_FROM = 200_000
 # What eager attention functions of transformers take, and this one honours or has no use for:
 # windows are in the masks.
 _KNOWN = {
     "module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "s_aux",
     "position_bias", "sliding_window", "is_causal", "kwargs",
 }  # fmt: skip
+_REFUSED = frozenset(("output_attentions", "cache"))
 
 
 def register() -> None:
@@ -44,6 +44,13 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     kv_length, headdim), as transformers models call it: (out (batch, q_length, nheads, headdim),
     None)."""
     _refuse(module, s_aux, kwargs)
+    alone = attention_mask is None is position_bias and cu_seq_lens_q is None is cu_seq_lens_k
+    one = alone and not dropout and query.dim() == 4 and query.shape[2] == 1
+    if one and not torch.is_autocast_enabled("cpu"):
+        found = direct(query, key, value, key.shape[2], (-1, -1), scaling, softcap or 0.0,
+                       sinks=s_aux, heads_first=True)  # fmt: skip
+        if found:
+            return found[0], None
     q, k, v = _in_one_dtype(query, key, value)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.shape[0] == 1 != k.shape[0]:  # learned queries, the same for the whole batch
@@ -81,28 +88,32 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
 
 
 def _refuse(module, s_aux, kwargs: dict) -> None:
+    meant = _meant_for_eager.__wrapped__ if is_compiling() else _meant_for_eager
+    names = meant(type(module).__module__)
+    if s_aux is None and "sinks" in getattr(module, "_parameters", ()):
+        fail(_WHERE, "s_aux", f"the sinks of {type(module).__name__}", None)
+    if names.isdisjoint(kwargs):
+        return
     if kwargs.get("output_attentions"):
         fail(_WHERE, "output_attentions", "False (weights are never formed: use eager)", True)
     if kwargs.get("cache") is not None:
         fail(_WHERE, "cache", "None (continuous batching is not supported)",
              type(kwargs["cache"]).__name__)  # fmt: skip
-    meant = _meant_for_eager.__wrapped__ if torch.compiler.is_compiling() else _meant_for_eager
-    for name in meant(type(module).__module__):
+    for name in names - _REFUSED:
         if kwargs.get(name) is not None:
             fail(_WHERE, name, f"None (not known how {type(module).__name__} uses it)", "a value")
-    if s_aux is None and "sinks" in getattr(module, "_parameters", ()):
-        fail(_WHERE, "s_aux", f"the sinks of {type(module).__name__}", None)
 
 
 @lru_cache(maxsize=256)
-def _meant_for_eager(model_file: str) -> tuple[str, ...]:
-    """What the model's own eager attention takes by name and `attend` knows nothing of."""
+def _meant_for_eager(model_file: str) -> frozenset[str]:
+    """What the model's own eager attention takes by name and `attend` knows nothing of, and what
+    it refuses from any model."""
     eager = getattr(sys.modules.get(model_file), "eager_attention_forward", None)
     if eager is None:
-        return ()
+        return _REFUSED
     code = eager.__code__
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return tuple(name for name in names if name not in _KNOWN)
+    return _REFUSED.union(name for name in names if name not in _KNOWN)
 
 
 def _in_one_dtype(query, key, value):
@@ -126,12 +137,11 @@ def _whole(q, k, v, causal: bool, bias, options: dict):
 
 
 def _is_decoding(q, k, options: dict) -> bool:
-    """One query over enough keys for `decode_attention` to pay; it has no backward."""
+    """One query, for `decode_attention`, which has no backward."""
     return (
         q.shape[1] == 1
         and not torch.compiler.is_compiling()
         and q.is_cpu
-        and k.numel() >= DECODE_FROM
         and not options["dropout_p"]
         and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
     )

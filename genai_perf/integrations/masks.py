@@ -171,6 +171,15 @@ def mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function
         None where `is_causal` says it all; a RuleMask; or bool (batch, 1, q_length, kv_length).
     """
     from transformers import masking_utils
+
+    decoding = (
+        q_length == 1 and mask_function is masking_utils.causal_mask_function
+        and attention_mask is None and allow_is_causal_skip and not use_vmap
+        and type(q_offset) is int and kv_length == q_offset - kv_offset + 1
+    )  # fmt: skip
+    if decoding:  # sees every key
+        return None
+
     from transformers.utils.import_utils import is_tracing
 
     mask_function = mask_function or masking_utils.causal_mask_function

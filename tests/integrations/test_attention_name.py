@@ -197,11 +197,35 @@ def test_generate(models, family, cache):
     assert len(set(want.flatten().tolist())) > 1
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt-oss"])
-def test_generate_by_decode_attention(models, family, monkeypatch):
-    monkeypatch.setattr(attention, "DECODE_FROM", 1)
-    for cache in (None, "static"):
-        test_generate(models, family, cache)
+@pytest.mark.parametrize("family", ["llama", "gpt-oss"])
+def test_a_token_goes_straight_to_the_kernel(models, family, monkeypatch):
+    """Without padding nothing lies between transformers and the kernel, and logits stay eager's;
+    under autocast or with a gradient it is the long way."""
+    taken, plain = [], attention.direct
+    monkeypatch.setattr(
+        attention, "direct", lambda *a, **k: taken.append(plain(*a, **k)) or taken[-1]
+    )
+    eager, ours = models(family)
+    ids = torch.randint(1, 90, (2, 5))
+
+    def last(model, **inputs):
+        with torch.no_grad():
+            past = model(ids[:, :4], use_cache=True).past_key_values
+            return model(ids[:, 4:], past_key_values=past, **inputs).logits
+
+    torch.testing.assert_close(last(ours), last(eager), atol=1e-5, rtol=1e-5)
+    assert taken and all(taken)
+    taken.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        last(ours)
+    assert not taken
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    torch.testing.assert_close(
+        last(ours, attention_mask=mask), last(eager, attention_mask=mask), atol=1e-5, rtol=1e-5
+    )
+    taken.clear()
+    ours(ids[:, :1])
+    assert taken and not any(taken)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt-oss", "qwen3"])

@@ -58,9 +58,7 @@ def run(q, k, v, attention_mask, **options):
 @pytest.mark.parametrize("lengths", ["token", "static token"])
 @pytest.mark.parametrize("window", ["causal", "window"])
 def test_a_token_decoded(window, lengths, pad, monkeypatch):
-    """By decode_attention, which small caches do not pay for."""
     called, plain = [], attention.decode_attention
-    monkeypatch.setattr(attention, "DECODE_FROM", 1)
     monkeypatch.setattr(
         attention, "decode_attention", lambda *a, **k: called.append(k) or plain(*a, **k)
     )

@@ -2,7 +2,7 @@
 
 import math
 
-from . import checks
+from . import checks, native
 from .op import FORWARD
 from .options import Options
 
@@ -87,12 +87,22 @@ def attention(
     arXiv 2309.17453, learned as in GPT-OSS (arXiv 2508.10925). Second derivatives come from the
     reference, exact and slow.
     """
+    left, right = checks.window(window_size)
+    if causal:
+        right = 0
+    plain = (
+        backend is None and attn_bias is None and block_mask is None and cu_seqlens_q is None
+        and cu_seqlens_k is None and sinks is None and alibi_slopes is None and rng_state is None
+        and dropout_p == 0 and block_size == (128, 128)
+        and max_seqlen_q is None and max_seqlen_k is None
+    )  # fmt: skip
+    if plain and (found := native.direct(q, k, v, (left, right), softmax_scale, softcap)):
+        return found if return_lse else found[0]
     batch = checks.shapes(q, k, v, cu_seqlens_q, cu_seqlens_k)
     packed = cu_seqlens_q is not None
     checks.softcap(softcap)
     checks.alibi(alibi_slopes, q, batch)
     checks.sinks(sinks, q)
-    left, right = checks.window(window_size)
     block_mask, block_q, block_k = checks.blocks(block_mask, block_size, q, k, packed=packed)
     options = Options(
         attn_bias=checks.bias(attn_bias, q, k, packed=packed),
@@ -105,7 +115,7 @@ def attention(
         max_seqlen_q=checks.max_seqlen(max_seqlen_q, q, packed, "max_seqlen_q"),
         max_seqlen_k=checks.max_seqlen(max_seqlen_k, k, packed, "max_seqlen_k"),
         window_left=left,
-        window_right=0 if causal else right,
+        window_right=right,
         softmax_scale=1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale),
         softcap=float(softcap),
         block_q=block_q,

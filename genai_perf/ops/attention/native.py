@@ -1,8 +1,12 @@
 """Attention by csrc/cpu/attention_{fwd,bwd}_kernel.cpp."""
 
+import math
+
 import torch
 
 from ..._backends import native
+from ..._checks import FAR
+from ..._dispatch import goes_direct
 from .dropout import below
 from .options import Options, present
 from .packed import bounds
@@ -116,6 +120,28 @@ def forward(q, k, v, *options):
         lse.fill_(-torch.inf)
     native.lib().attention_fwd(*_call(q, k, v, o), _tensor4(out), lse.data_ptr())
     return out, lse
+
+
+def direct(q, k, v, window, softmax_scale, softcap):
+    """`forward` without the op around it, for a call with no tensor beside q, k and v.
+
+    None unless everything fits and no gradient is wanted: the long way says why, or records.
+    """
+    if not (goes_direct(q, k, v) and q.dim() == k.dim() == v.dim() == 4 and 0 <= softcap < math.inf
+            and max(window) < FAR):  # fmt: skip
+        return None
+    (batch, seqlen_q, heads, dim), dim_v = q.shape, v.shape[3]
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype or dim == 0:
+        return None
+    out = q.new_empty((batch, seqlen_q, heads, dim_v))
+    lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    done = native.lib().attention_plain(
+        (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()),
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
+        (*window, native.DTYPE_CODES[q.dtype], native.threads()),
+        1 / math.sqrt(dim) if softmax_scale is None else float(softmax_scale), softcap,
+    )  # fmt: skip
+    return (out, lse) if done else None
 
 
 def backward(dout, dlse, q, k, v, out, lse, bias_grad, *options):

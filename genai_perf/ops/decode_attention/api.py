@@ -14,6 +14,7 @@ from ..._checks import (
     fail,
     heads_fit,
 )
+from . import native
 from .op import APPEND, READ
 from .options import New, Options
 from .values import OP, check_values
@@ -112,12 +113,24 @@ def decode_attention(
     rotary's positions are those of flash_attn_with_kvcache; pages, Kwon et al. (arXiv 2309.06180);
     rotary embedding, Su et al. (arXiv 2104.09864).
     """
+    left, right = check_window(OP, window_size)
+    if causal:
+        right = 0
+    plain = (
+        backend is None and k is None and v is None and block_table is None and k_scale is None
+        and v_scale is None and alibi_slopes is None and cache_batch_idx is None
+        and cache_leftpad is None and rotary_cos is None and rotary_sin is None
+        and rotary_seqlens is None
+    )  # fmt: skip
+    if plain and (found := native.direct(q, k_cache, v_cache, cache_seqlens, (left, right),
+                                         softmax_scale, softcap, num_splits, sinks,
+                                         return_lse=return_lse)):  # fmt: skip
+        return found if return_lse else found[0]
     plain = k_scale is None and v_scale is None and heads_fit(q, k_cache, v_cache, DTYPES)
     if not (plain and k_cache.shape[1] > 0):
         check_tensor(OP, q=q, k_cache=k_cache, v_cache=v_cache)
         _check_shapes(q, k_cache, v_cache, k_scale, v_scale)
     batch = q.shape[0]
-    left, right = check_window(OP, window_size)
     if not 0 <= softcap < math.inf:
         fail(OP, "softcap", "0 (none) or positive and finite", softcap)
     if not isinstance(num_splits, int) or num_splits < 0:
@@ -151,7 +164,7 @@ def decode_attention(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         window_left=left,
-        window_right=0 if causal else right,
+        window_right=right,
         softmax_scale=1 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale),
         softcap=float(softcap),
         num_splits=num_splits,

@@ -1,10 +1,14 @@
 """Decode attention by csrc/cpu/decode_attention_kernel.cpp and decode_append_kernel.cpp."""
 
+import math
+
 import torch
 
 from ..._backends import native
+from ..._checks import FAR
+from ..._dispatch import goes_direct
 from .options import New, Options, appended, q_in_sequence
-from .values import check_values
+from .values import FEW, check_values
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +29,23 @@ def why_not_append(q, k_cache, v_cache, *arguments) -> str | None:
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy where its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _are_sinks(sinks, heads: int) -> bool:
+    return (
+        goes_direct(sinks) and sinks.dtype == torch.float32 and sinks.is_contiguous()
+        and sinks.shape == (heads,)
+    )  # fmt: skip
+
+
+def _are_lengths(x, batch: int, capacity: int) -> bool:
+    """Few int32 (batch,), each within the capacity."""
+    fits = (
+        isinstance(x, torch.Tensor) and goes_direct(x) and x.dtype == torch.int32
+        and x.shape == (batch,) and x.is_contiguous() and 0 < batch <= FEW
+    )  # fmt: skip
+    lengths = x.tolist() if fits else (-1,)
+    return min(lengths) >= 0 and max(lengths) <= capacity
 
 
 def _tensor4(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -86,6 +107,49 @@ def _attend(q, k_cache, v_cache, o: Options):
         _cache(k_cache, o), _tensor4(out), lse.data_ptr(),
     )  # fmt: skip
     return out, lse
+
+
+def direct(q, k_cache, v_cache, cache_seqlens, window, softmax_scale, softcap, num_splits=0,
+           sinks=None, *, heads_first=False, return_lse=False):  # fmt: skip
+    """`forward` without the op around it, for a contiguous cache of q's type that only
+    cache_seqlens (int, or int32 (batch,)) cuts: (out, lse), lse None where it is not returned.
+
+    None unless everything fits and no gradient is wanted: the long way says why, or records.
+
+    Args:
+        heads_first: q and the caches are (batch, nheads, seqlen, headdim); out never is.
+    """
+    fits = (
+        goes_direct(q, k_cache, v_cache) and q.dim() == k_cache.dim() == v_cache.dim() == 4
+        and q.dtype in _DTYPES and q.dtype == k_cache.dtype == v_cache.dtype
+        and 0 <= softcap < math.inf
+        and max(window) < FAR and type(num_splits) is int and 0 <= num_splits < FAR
+    )  # fmt: skip
+    if not fits:
+        return None
+    (batch, rows, heads, dim), (capacity, dim_v) = q.shape, v_cache.shape[1::2]
+    if heads_first:
+        rows, heads, capacity = heads, rows, v_cache.shape[2]
+    if dim == 0 or not (sinks is None or _are_sinks(sinks, heads)):
+        return None
+    keys, lengths = cache_seqlens, 0
+    if type(keys) is not int:
+        if not _are_lengths(cache_seqlens, batch, capacity):
+            return None
+        keys, lengths = capacity, cache_seqlens.data_ptr()
+    elif not 0 < keys <= capacity:
+        return None
+    out = q.new_empty((batch, rows, heads, dim_v))
+    lse = q.new_empty((batch, heads, rows), dtype=torch.float32) if return_lse else None
+    done = native.lib().decode_whole(
+        heads_first,
+        (q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
+         native.pointer(sinks), native.pointer(lse), lengths),
+        q.shape, q.stride(), k_cache.shape, k_cache.stride(), v_cache.shape, v_cache.stride(),
+        (keys, *window, num_splits, native.DTYPE_CODES[q.dtype], native.threads()),
+        1 / math.sqrt(dim) if softmax_scale is None else float(softmax_scale), softcap,
+    )  # fmt: skip
+    return (out, lse) if done else None
 
 
 def append(q, k_cache, v_cache, *arguments):
