@@ -169,10 +169,30 @@ def dense_again(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
 
 
 @cache
+def base_quantizer() -> type:
+    """What the quantizers here have in common, a class for transformers: quantized layers can be
+    trained through, compiled, and made dense again."""
+    from transformers.quantizers import HfQuantizer
+
+    class BaseQuantizer(HfQuantizer):
+        def _dequantize(self, model, dtype=None):
+            return dense_again(model, dtype)
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+        @property
+        def is_compileable(self) -> bool:
+            return True
+
+    return BaseQuantizer
+
+
+@cache
 def register() -> type:
     """Makes the name known to transformers; gives GenaiPerfConfig."""
     from transformers.core_model_loading import ConversionOps
-    from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -220,7 +240,7 @@ def register() -> type:
             return {}
 
     @register_quantizer(NAME)
-    class GenaiPerfQuantizer(HfQuantizer):
+    class GenaiPerfQuantizer(base_quantizer()):
         def __init__(self, quantization_config, **rest):
             super().__init__(quantization_config, **rest)
             self.loading = LoadingQuantizer(quantization_config.options, quantization_config.skip)
@@ -248,18 +268,7 @@ def register() -> type:
             state, self.quantization_config.stored = self.loading.stored(model)
             return state, {}
 
-        def _dequantize(self, model, dtype=None):
-            return dense_again(model, dtype)
-
         def is_serializable(self) -> bool:
             return self.quantization_config.options.format in STORED
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
-
-        @property
-        def is_compileable(self) -> bool:
-            return True
 
     return GenaiPerfConfig

@@ -23,7 +23,7 @@ from .expert_parts import stacked_biases
 from .loading import place_quantized
 from .quantizer import (
     Layers,
-    dense_again,
+    base_quantizer,
     dense_names,
     in_bitsandbytes,
     in_compressed_tensors,
@@ -108,7 +108,6 @@ def _encoded(config: dict, layers: Layers, dense: list[str]) -> tuple[dict, dict
 @cache
 def _stored_config() -> type:
     """The classes for transformers, made once: its own are known by then."""
-    from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -127,7 +126,7 @@ def _stored_config() -> type:
             return dict(self.stored)
 
     @register_quantizer(NAME)
-    class StoredQuantizer(HfQuantizer):
+    class StoredQuantizer(base_quantizer()):
         def validate_environment(self, *args, device_map=None, **rest):
             if isinstance(device_map, dict) and len(set(device_map.values())) > 1:
                 raise ValueError(f"read_compressed: device_map must name one device, "
@@ -165,18 +164,7 @@ def _stored_config() -> type:
             tensors, config.stored = _encoded(config.stored, layers, dense_names(model))
             return state | tensors, {}
 
-        def _dequantize(self, model, dtype=None):
-            return dense_again(model, dtype)
-
         def is_serializable(self) -> bool:
-            return True
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
-
-        @property
-        def is_compileable(self) -> bool:
             return True
 
     return StoredConfig
