@@ -51,9 +51,12 @@ constexpr int64_t QUANT_MATMUL_INT8_COLUMNS = 131072;
 // All return false when scratch memory is not to be had. Results do not depend on `threads`.
 GP_DECLARE_KERNEL(bool, quant_matmul_forward, const QuantMatmulArgs&)
 GP_DECLARE_KERNEL(bool, quant_matmul_backward, const QuantMatmulArgs&)
-// Forward with x rounded to int8, a scale for each row, and exact sums; w is int8, k at most
-// QUANT_MATMUL_INT8_COLUMNS.
+// Forward with x rounded to int8. w is int8, k at most QUANT_MATMUL_INT8_COLUMNS: a scale for each row
+// of x, and exact sums. w is int4: the next.
 GP_DECLARE_KERNEL(bool, quant_matmul_int8, const QuantMatmulArgs&)
+// w is int4, its group_size -1 or a multiple of 32: a scale for each group of a row of x, and exact
+// sums within runs of 128, 64 or 32.
+GP_DECLARE_KERNEL(bool, quant_matmul_int4_int8, const QuantMatmulArgs&)
 // What quant_matmul_forward chooses from.
 GP_DECLARE_KERNEL(bool, quant_matmul_few_4bit, const QuantMatmulArgs&)
 GP_DECLARE_KERNEL(bool, quant_matmul_few_8bit, const QuantMatmulArgs&)

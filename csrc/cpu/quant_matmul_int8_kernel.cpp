@@ -1,59 +1,11 @@
 // int8 weights against x rounded to int8, one scale a row: products and sums are exact in int32, so the
 // result does not depend on their order, and every instruction set gives the same bits.
-#include "common/parallel.h"
-#include "cpu/quant_matmul_decode.h"
-#include "cpu/quantize_simd.h"
+#include "cpu/quant_matmul_codes.h"
 #include "cpu/transpose.h"
 
 namespace gp {
 namespace GP_ISA {
 namespace {
-
-// Below it 127 / absmax leaves fp32, so the row is first multiplied by 2^64, which is exact.
-constexpr float TINY_ROW = 1.504632769e-36f, LIFT = 18446744073709551616.0f;
-
-// n codes of one row of x, as formats/int8.py has them, and its scale. A row with an infinity or NaN
-// has codes 0 and the scale NaN.
-template <DType T>
-float encode(const void* x, int64_t first, int64_t n, int8_t* q) {
-  if (n <= 0) return 0.0f;
-  const int32_t bits = absmax_bits<T>(x, first, n, false);
-  const float absmax = bits_to_float(uint32_t(bits));
-  if (bits >= kInfBits || bits == 0) {
-    std::memset(q, 0, size_t(n));
-    return bits == 0 ? 0.0f : __builtin_nanf("");
-  }
-  const float by = absmax < TINY_ROW ? LIFT : 1.0f;
-  const vf lift = v_set(by), factor = v_set(127.0f * (1.0f / (absmax * by)));
-  for (int64_t i = 0; i < n; i += VL) {
-    const vf v = i + VL <= n ? load_vec<T>(x, first + i) : load_part<T>(x, first + i, n - i);
-    uint8_t part[VL];
-    i_store_bytes(part, to_int(v_mul(v_mul(v, lift), factor)));
-    std::memcpy(q + i, part, size_t(n - i < VL ? n - i : VL));
-  }
-  return absmax / 127.0f;
-}
-
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// The codes of x, each row padded to `stride` bytes by zeros, and their scales.
-struct Codes {
-  Codes(const QuantMatmulArgs& a, int64_t pad)
-      : stride(round_up(a.w.k, pad)), codes(a.m * stride), scales(a.m * 4) {
-    if (!ok()) return;
-    parallel_for(a.m, a.m * a.w.k < (1 << 16) ? 1 : a.threads, [&](int64_t m, int) {
-      const KeepSubnormals keep;
-      int8_t* q = codes.as<int8_t>() + m * stride;
-      with_dtype(a.dtype, [&](auto typed) {
-        scales.as<float>()[m] = encode<decltype(typed)::value>(a.x, m * a.w.k, a.w.k, q);
-      });
-      std::memset(q + a.w.k, 0, size_t(stride - a.w.k));
-    });
-  }
-  bool ok() const { return codes.ok() && scales.ok(); }
-  int64_t stride;
-  Scratch codes, scales;
-};
 
 float finish(const QuantMatmulArgs& a, int32_t sum, int64_t n, float x_scale, float bias) {
   return float(sum) * load_one(a.w.scale, n, a.w.scale_dtype) * x_scale + bias;
@@ -194,34 +146,36 @@ bool few(const QuantMatmulArgs& a, const Codes& x) {
 // The columns are taken in units of 32 bits. AVX2: two 16-bit integers, multiplied by vpmaddwd.
 // AVX-512 VNNI: four bytes, those of x with 128 added; one more row of x, all ones, tells by how much
 // the sums are then too large.
+// A register tile is MT rows of x by NV vectors of rows of W. (AVX2, EPYC 9004: 4 by 3 makes 24
+// products a cycle, 6 by 2 makes 19.)
 #if defined(__AVX512F__)
 constexpr int64_t PER_UNIT = 4;
-constexpr int MT = 12;
+constexpr int MT = 12, NV = 2;
 #else
 constexpr int64_t PER_UNIT = 2;
-constexpr int MT = 6;
+constexpr int MT = 4, NV = 3;
 #endif
-constexpr int64_t NT = 2 * VL;    // rows of W in a panel
-constexpr int64_t UNITS = 256;    // of a panel in the first-level cache
+constexpr int64_t NT = NV * VL;   // rows of W in a panel
+constexpr int64_t UNITS = 128;    // of a panel in the first-level cache
+constexpr int64_t MOST_PANELS = 4;
 constexpr int64_t M_CHUNK = 512;  // rows of x that share a panel
 
-// panel[u][r] = unit u of row r, for `units` (a multiple of 8) units from column k0 on.
+// panel[u][r] = unit u of row r, for `units` (a multiple of 8) units from column k0 on. By way of a
+// copy: lines of rows that are pages apart drive each other out of the first-level cache.
 void pack_panel(const QuantWeight& w, int64_t n0, int64_t k0, int64_t units, int32_t* panel) {
-  constexpr int64_t BLOCK = 8 * PER_UNIT;
+  constexpr int64_t STRIDE = UNITS * PER_UNIT;
+  alignas(64) int8_t rows[NT * STRIDE];
+  const int64_t bytes = units * PER_UNIT, there = w.k - k0 < bytes ? w.k - k0 : bytes;
+  for (int64_t r = 0; r < NT; ++r) {
+    const int64_t taken = n0 + r < w.n ? there : 0;
+    std::memcpy(rows + r * STRIDE, w.qdata + (taken ? (n0 + r) * w.k + k0 : 0), size_t(taken));
+    std::memset(rows + r * STRIDE + taken, 0, size_t(bytes - taken));
+  }
   for (int64_t r = 0; r < NT; r += 8)
     for (int64_t u = 0; u < units; u += 8) {
-      const int64_t k = k0 + u * PER_UNIT, left = w.k - k < BLOCK ? w.k - k : BLOCK;
       __m256 block[8];
       for (int64_t j = 0; j < 8; ++j) {
-        alignas(32) int8_t part[32] = {};
-        const int8_t* p = part;
-        if (n0 + r + j < w.n && left > 0) {
-          p = reinterpret_cast<const int8_t*>(w.qdata) + (n0 + r + j) * w.k + k;
-          if (left < BLOCK) {
-            std::memcpy(part, p, size_t(left));
-            p = part;
-          }
-        }
+        const int8_t* p = rows + (r + j) * STRIDE + u * PER_UNIT;
 #if defined(__AVX512F__)
         const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 #else
@@ -239,8 +193,7 @@ void pack_panel(const QuantWeight& w, int64_t n0, int64_t k0, int64_t units, int
 // c[m][0..NT) (+)= the sum over `units` of x[m][u] * panel[u][0..NT), for M rows of x.
 #if defined(__AVX512F__)
 template <int M>
-GP_DOT void tile(int64_t units, const int32_t* x, int64_t x_stride, const int32_t* panel, int32_t* c,
-                 bool add) {
+GP_DOT void tile(int64_t units, const int32_t* x, const int32_t* panel, int32_t* c, bool add) {
   __m512i acc[M][2];
   GP_UNROLL
   for (int m = 0; m < M; ++m)
@@ -250,7 +203,7 @@ GP_DOT void tile(int64_t units, const int32_t* x, int64_t x_stride, const int32_
     const __m512i w0 = _mm512_loadu_si512(panel + u * NT), w1 = _mm512_loadu_si512(panel + u * NT + VL);
     GP_UNROLL
     for (int m = 0; m < M; ++m) {
-      const __m512i xv = _mm512_set1_epi32(x[m * x_stride + u]);
+      const __m512i xv = _mm512_set1_epi32(x[u * MT + m]);
       acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], xv, w0);
       acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], xv, w1);
       // GCC would store each sum at every step.
@@ -263,90 +216,108 @@ GP_DOT void tile(int64_t units, const int32_t* x, int64_t x_stride, const int32_
 }
 #else
 template <int M>
-__attribute__((noinline)) void tile(int64_t units, const int32_t* x, int64_t x_stride, const int32_t* panel, int32_t* c,
-          bool add) {
+__attribute__((noinline)) void tile(int64_t units, const int32_t* x, const int32_t* panel, int32_t* c,
+                                    bool add) {
   const auto at = [](int32_t* p) { return reinterpret_cast<__m256i*>(p); };
-  __m256i acc[M][2];
+  __m256i acc[M][NV];
   GP_UNROLL
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < 2; ++v)
+    for (int v = 0; v < NV; ++v)
       acc[m][v] = add ? _mm256_loadu_si256(at(c + m * NT + v * VL)) : _mm256_setzero_si256();
   for (int64_t u = 0; u < units; ++u) {
     const __m256i* w = reinterpret_cast<const __m256i*>(panel + u * NT);
-    const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
     GP_UNROLL
     for (int m = 0; m < M; ++m) {
-      const __m256i xv = _mm256_set1_epi32(x[m * x_stride + u]);
-      acc[m][0] = _mm256_add_epi32(acc[m][0], _mm256_madd_epi16(xv, w0));
-      acc[m][1] = _mm256_add_epi32(acc[m][1], _mm256_madd_epi16(xv, w1));
-      // GCC would take all products first, which leaves it no registers.
-      asm volatile("" : "+x"(acc[m][0]), "+x"(acc[m][1]));
+      const __m256i xv = _mm256_set1_epi32(x[u * MT + m]);
+      GP_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const __m256i two = _mm256_madd_epi16(xv, _mm256_loadu_si256(w + v));
+        // GCC would take all products first, which leaves it no registers.
+        asm volatile("vpaddd %1, %0, %0" : "+x"(acc[m][v]) : "x"(two));
+      }
     }
   }
   GP_UNROLL
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < 2; ++v) _mm256_storeu_si256(at(c + m * NT + v * VL), acc[m][v]);
+    for (int v = 0; v < NV; ++v) _mm256_storeu_si256(at(c + m * NT + v * VL), acc[m][v]);
 }
 #endif
 
-// The codes of one row of x as units.
-void to_units(const int8_t* q, int64_t units, int32_t* out) {
-  for (int64_t u = 0; u < units; u += 8) {
+// Units of `rows` (at most MT) rows of codes, in the order in which a tile takes them: out[u][MT].
+void to_units(const int8_t* q, int64_t stride, int64_t rows, int64_t units, int32_t* out) {
+  for (int64_t u = 0; u < units; u += 8, out += 8 * MT)
+    for (int64_t m = 0; m < rows; ++m) {
+      const int8_t* p = q + m * stride + u * PER_UNIT;
 #if defined(__AVX512F__)
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + 4 * u));
-    const __m256i unit = _mm256_xor_si256(v, _mm256_set1_epi8(int8_t(0x80)));
+      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      const __m256i unit = _mm256_xor_si256(v, _mm256_set1_epi8(int8_t(0x80)));
 #else
-    const __m256i unit = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q + 2 * u)));
+      const __m256i unit = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #endif
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + u), unit);
-  }
+      alignas(32) int32_t eight[8];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(eight), unit);
+      for (int64_t i = 0; i < 8; ++i) out[i * MT + m] = eight[i];
+    }
 }
 
 bool many(const QuantMatmulArgs& a, const Codes& x) {
   const int64_t n = a.w.n, units = x.stride / PER_UNIT;  // the stride is a multiple of 8 units
   const int64_t chunk = a.m < M_CHUNK ? a.m : M_CHUNK, extra = PER_UNIT == 4 ? 1 : 0;
-  const int64_t threads = a.threads;
-  // Rows of x whole pages apart would all use one set of the first-level cache.
-  const int64_t stride = units + 16;
-  Scratch xu((chunk + extra) * stride * 4), panels(threads * UNITS * NT * 4);
-  Scratch sums(threads * (chunk + extra) * NT * 4);
+  const int64_t threads = a.threads, blocks = (units + UNITS - 1) / UNITS;
+  // Panels that go through a block of x one after the other: fewer where threads would want for work.
+  int64_t most = MOST_PANELS;
+  while (most > 1 && n < 4 * threads * most * NT) most /= 2;
+  const int64_t all = round_up(chunk + extra, MT), room = all * NT;
+  Scratch xu(blocks * all * UNITS * 4), panels(threads * UNITS * NT * 4);
+  Scratch sums(threads * most * room * 4);
   if (!xu.ok() || !panels.ok() || !sums.ok()) return false;
   for (int64_t m0 = 0; m0 < a.m; m0 += M_CHUNK) {
     const int64_t mm = a.m - m0 < M_CHUNK ? a.m - m0 : M_CHUNK, rows = mm + extra;
-    int32_t* first = xu.as<int32_t>();
-    for (int64_t m = 0; m < mm; ++m)
-      to_units(x.codes.as<int8_t>() + (m0 + m) * x.stride, units, first + m * stride);
-    if (extra) std::memset(first + mm * stride, 1, size_t(units) * 4);
-    parallel_for((n + NT - 1) / NT, a.threads, [&](int64_t item, int thread) {
+    const int64_t padded = round_up(rows, MT);
+    // [block][tile][unit of the block][row of the tile]
+    parallel_for(blocks, threads, [&](int64_t b, int) {
+      const int64_t uu = units - b * UNITS < UNITS ? units - b * UNITS : UNITS;
+      for (int64_t m = 0; m < rows; m += MT) {
+        int32_t* out = xu.as<int32_t>() + (b * padded + m) * UNITS;
+        to_units(x.codes.as<int8_t>() + (m0 + m) * x.stride + b * UNITS * PER_UNIT, x.stride,
+                 mm - m < MT ? mm - m : MT, uu, out);
+        for (int64_t u = 0; u < uu && extra && m + MT > mm; ++u) out[u * MT + mm - m] = 0x01010101;
+      }
+    });
+    parallel_for((n + most * NT - 1) / (most * NT), threads, [&](int64_t item, int thread) {
       const KeepSubnormals keep;
       int32_t* panel = panels.as<int32_t>() + thread * UNITS * NT;
-      int32_t* c = sums.as<int32_t>() + thread * (chunk + extra) * NT;
-      const int64_t n0 = item * NT, nn = n - n0 < NT ? n - n0 : NT;
-      for (int64_t u0 = 0; u0 < units; u0 += UNITS) {
-        const int64_t next = (u0 + UNITS) * PER_UNIT;  // W, one panel ahead
-        for (int64_t r = 0; r < nn && next < a.w.k; ++r)
-          for (int64_t i = 0; i < UNITS * PER_UNIT; i += 64)
-            __builtin_prefetch(a.w.qdata + (n0 + r) * a.w.k + next + i, 0, 2);
-        const int64_t uu = units - u0 < UNITS ? units - u0 : UNITS;
-        pack_panel(a.w, n0, u0 * PER_UNIT, uu, panel);
-        int64_t m = 0;
-        for (; m + MT <= rows; m += MT)
-          tile<MT>(uu, first + m * stride + u0, stride, panel, c + m * NT, u0 > 0);
-        for (; m + 3 <= rows; m += 3)
-          tile<3>(uu, first + m * stride + u0, stride, panel, c + m * NT, u0 > 0);
-        for (; m + 2 <= rows; m += 2)
-          tile<2>(uu, first + m * stride + u0, stride, panel, c + m * NT, u0 > 0);
-        for (; m < rows; ++m) tile<1>(uu, first + m * stride + u0, stride, panel, c + m * NT, u0 > 0);
+      int32_t* c = sums.as<int32_t>() + thread * most * room;
+      const int64_t first = item * most * NT, end = first + most * NT < n ? first + most * NT : n;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t uu = units - b * UNITS < UNITS ? units - b * UNITS : UNITS;
+        const int64_t next = (b + 1) * UNITS * PER_UNIT;  // W, one block ahead
+        for (int64_t n0 = first; n0 < end; n0 += NT) {
+          for (int64_t r = n0; r < n0 + NT && r < end && next < a.w.k; ++r)
+            for (int64_t i = 0; i < UNITS * PER_UNIT; i += 64) prefetch(a.w.qdata + r * a.w.k + next + i);
+          pack_panel(a.w, n0, b * UNITS * PER_UNIT, uu, panel);
+          int32_t* sum = c + (n0 - first) / NT * room;
+          const int32_t* xb = xu.as<int32_t>() + b * padded * UNITS;
+          int64_t m = 0;
+          for (; m + MT <= rows; m += MT) tile<MT>(uu, xb + m * UNITS, panel, sum + m * NT, b > 0);
+          const int64_t rest = rows - m;
+          if (rest > MT / 2) tile<MT>(uu, xb + m * UNITS, panel, sum + m * NT, b > 0);
+          else if (rest > 1) tile<MT / 2>(uu, xb + m * UNITS, panel, sum + m * NT, b > 0);
+          else if (rest > 0) tile<1>(uu, xb + m * UNITS, panel, sum + m * NT, b > 0);
+        }
       }
-      float bias[NT] = {}, w_scale[NT] = {}, y[NT];
-      for (int64_t r = 0; r < nn; ++r) w_scale[r] = load_one(a.w.scale, n0 + r, a.w.scale_dtype);
-      for (int64_t r = 0; r < nn && a.bias; ++r) bias[r] = load_one(a.bias, n0 + r, a.bias_dtype);
-      for (int64_t m = 0; m < mm; ++m) {
-        const float x_scale = x.scales.as<float>()[m0 + m];
-        const int32_t *sum = c + m * NT, *ones = c + mm * NT;
-        for (int64_t r = 0; r < NT; ++r)
-          y[r] = float(extra ? less128(sum[r], ones[r]) : sum[r]) * w_scale[r] * x_scale + bias[r];
-        store_row(offset(a.y, (m0 + m) * n + n0, a.dtype), y, nn, a.dtype);
+      for (int64_t n0 = first; n0 < end; n0 += NT) {
+        const int64_t nn = end - n0 < NT ? end - n0 : NT;
+        float bias[NT] = {}, w_scale[NT] = {}, y[NT];
+        for (int64_t r = 0; r < nn; ++r) w_scale[r] = load_one(a.w.scale, n0 + r, a.w.scale_dtype);
+        for (int64_t r = 0; r < nn && a.bias; ++r) bias[r] = load_one(a.bias, n0 + r, a.bias_dtype);
+        const int32_t *sum = c + (n0 - first) / NT * room, *ones = sum + mm * NT;
+        for (int64_t m = 0; m < mm; ++m, sum += NT) {
+          const float x_scale = x.scales.as<float>()[m0 + m];
+          for (int64_t r = 0; r < NT; ++r)
+            y[r] = float(extra ? less128(sum[r], ones[r]) : sum[r]) * w_scale[r] * x_scale + bias[r];
+          store_row(offset(a.y, (m0 + m) * n + n0, a.dtype), y, nn, a.dtype);
+        }
       }
     });
   }
@@ -359,10 +330,11 @@ bool many(const QuantMatmulArgs& a, const Codes& x) { return few(a, x); }
 }  // namespace
 
 bool quant_matmul_int8(const QuantMatmulArgs& a) {
+  if (a.w.format == QuantFormat::int4) return quant_matmul_int4_int8(a);
 #if defined(__AVX512F__)
   if (!__builtin_cpu_supports("avx512vnni")) return avx2::quant_matmul_int8(a);
 #endif
-  const Codes x(a, STEP);
+  const Codes x(a, STEP, a.w.k);
   if (!x.ok()) return false;
   return a.m > MOST_FEW ? many(a, x) : few(a, x);
 }

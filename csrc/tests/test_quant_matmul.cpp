@@ -60,11 +60,23 @@ const Layout LAYOUTS[] = {
     {"nf4 g256", QuantFormat::nf4, 256, true},    {"int4", QuantFormat::int4, 128, false},
     {"int4 zeros", QuantFormat::int4, 128, true}, {"int4 g32", QuantFormat::int4, 32, true},
     {"int4 g24", QuantFormat::int4, 24, true},    {"int4 row", QuantFormat::int4, -1, false},
+    {"int4 g64", QuantFormat::int4, 64, false},
     {"int3", QuantFormat::int3, 128, false},      {"int3 zeros", QuantFormat::int3, 128, true},
     {"int3 g24", QuantFormat::int3, 24, true},    {"int3 row", QuantFormat::int3, -1, false},
     {"int2", QuantFormat::int2, 128, true},       {"int2 g8", QuantFormat::int2, 8, false},
     {"e3m4", QuantFormat::fp8_e3m4, -1, false},   {"fp8 group", QuantFormat::fp8, -128, false},
 };
+
+// What int8 activations make of n elements that share a scale.
+std::vector<double> as_int8(const float* x, int64_t n) {
+  float absmax = 0;
+  for (int64_t i = 0; i < n; ++i) absmax = std::fmax(absmax, std::fabs(x[i]));
+  const float factor = 127.0f * (1.0f / absmax);
+  std::vector<double> out;
+  for (int64_t i = 0; i < n; ++i)
+    out.push_back(absmax == 0 ? 0.0 : double(std::nearbyintf(x[i] * factor)) * absmax / 127.0);
+  return out;
+}
 
 double fp8_value(uint8_t b, QuantFormat format) {
   const bool e5m2 = format == QuantFormat::fp8_e5m2, e3m4 = format == QuantFormat::fp8_e3m4;
@@ -163,7 +175,21 @@ void run(const Case& c, const char* isa) {
   a.bias = nullptr;
   ok = ok && GP_KERNEL(quant_matmul_backward)(a);
 
-  double worst = 0, worst_dx = 0;  // in parts of the sum of magnitudes
+  // int8 activations: by rows for int8 weights, by groups for int4.
+  const bool rounds = c.layout.format == QuantFormat::int8 || (int4 && (g == -1 || g % 32 == 0));
+  std::vector<double> rounded;
+  const int64_t x_group = g > 0 ? g : k;
+  for (int64_t i = 0; i < m && rounds; ++i)
+    for (int64_t e = 0; e < k; e += x_group)
+      for (double v : as_int8(x.as<float>() + i * k + e, k - e < x_group ? k - e : x_group))
+        rounded.push_back(v);
+  Guarded y8(m * n * 4, c.at_end);
+  a.x = x.as<float>();
+  a.y = y8.as<float>();
+  a.bias = bias.as<float>();
+  ok = ok && (!rounds || GP_KERNEL(quant_matmul_int8)(a));
+
+  double worst = 0, worst_dx = 0, worst8 = 0;  // in parts of the sum of magnitudes
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t r = 0; r < n; ++r) {
       double sum = bias.as<float>()[r], size = std::fabs(sum) + 1e-30;
@@ -173,6 +199,10 @@ void run(const Case& c, const char* isa) {
         size += std::fabs(term);
       }
       worst = std::fmax(worst, std::fabs(y.as<float>()[i * n + r] - sum) / size);
+      if (!rounds) continue;
+      sum = bias.as<float>()[r];
+      for (int64_t e = 0; e < k; ++e) sum += rounded[size_t(i * k + e)] * w[size_t(r * k + e)];
+      worst8 = std::fmax(worst8, std::fabs(y8.as<float>()[i * n + r] - sum) / size);
     }
     for (int64_t e = 0; e < k; ++e) {
       double sum = 0, size = 1e-30;
@@ -185,9 +215,9 @@ void run(const Case& c, const char* isa) {
     }
   }
   // A few roundings each, and the longest run of additions is 64.
-  if (!ok || !(worst < 5e-7) || !(worst_dx < 5e-7)) {
-    std::printf("FAILED: %s %s m %ld n %ld k %ld: error %.2e, dx %.2e\n", isa, c.layout.name,
-                long(m), long(n), long(k), worst, worst_dx);
+  if (!ok || !(worst < 5e-7) || !(worst_dx < 5e-7) || !(worst8 < 5e-7)) {
+    std::printf("FAILED: %s %s m %ld n %ld k %ld: error %.2e, dx %.2e, int8 %.2e\n", isa,
+                c.layout.name, long(m), long(n), long(k), worst, worst_dx, worst8);
     ++failures;
   }
 }
@@ -203,6 +233,7 @@ int main() {
       for (const auto& shape : shapes)
         for (int64_t m : {1, 2, 3, 4, 7, 9, 21})
           for (bool at_end : {true, false}) {
+            state = 1;
             run({layout, m, shape[0], shape[1], at_end}, isa_name(isa));
             ++runs;
           }

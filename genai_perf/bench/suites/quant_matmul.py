@@ -36,8 +36,10 @@ def own(problem: Problem, backend: str) -> Variant:
     x, weight = problem.inputs["x"], problem.inputs["weight"]
     if backend != INT8:
         return linear.variant(problem, lambda x: quant_matmul(x, weight, backend=backend), x)
-    if weight.format != "int8" or problem.phase != "forward":
-        raise BackendUnsupported(f"{INT8}: int8 activations are for the forward of int8 weights")
+    if weight.format not in ("int8", "int4") or problem.phase != "forward":
+        raise BackendUnsupported(
+            f"{INT8}: int8 activations are for the forward of int8 and int4 weights"
+        )
     return linear.variant(
         problem,
         lambda x: quant_matmul(x, weight, activations="int8", backend="native"),

@@ -51,6 +51,17 @@ QUANT_MATMUL_INT8 = _rounded("int8", ("nki", "native", "reference"))
 QUANT_MATMUL_FP8 = _rounded("fp8", ("nki", "reference"))
 # How many columns are outliers depends on the data: an op of its own keeps that out of a graph.
 QUANT_MATMUL_OUTLIERS = _rounded("outliers", ("nki", "native", "reference"), ", float threshold")
+QUANT_MATMUL_INT4_INT8 = Op(
+    __package__,
+    "quant_matmul_int4_int8",
+    "(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? bias, int group_size, "
+    "*, str? backend=None) -> Tensor",
+    fake=lambda x, qdata, scale, zero_point, bias, group_size, *, backend=None: x.new_empty(
+        (*x.shape[:-1], qdata.shape[0])
+    ),
+    backends=("native", "reference"),
+    entry="int4_int8",
+)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
@@ -58,16 +69,6 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.k, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
     ctx.backend = keyword_only_inputs["backend"]
     ctx.save_for_backward(*weight)
-
-
-def _backward(ctx, dy):
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = QUANT_MATMUL_BACKWARD(dy, *ctx.saved_tensors, ctx.format, ctx.group_size, ctx.k,
-                                   backend=ctx.backend)  # fmt: skip
-    if ctx.needs_input_grad[6]:
-        dbias = dy.reshape(-1, dy.shape[-1]).float().sum(0).to(ctx.bias_dtype)
-    return dx, None, None, None, None, None, dbias, None, None, None
 
 
 def _setup_rounded(format: str):
@@ -79,21 +80,43 @@ def _setup_rounded(format: str):
     return setup
 
 
-def _backward_rounded(ctx, dy):
-    """Straight through the rounding of x."""
+def _straight_through(ctx, dy, bias_at: int):
+    """Gradients of x and bias (input `bias_at`), as if x had not been rounded."""
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         dx = QUANT_MATMUL_BACKWARD(dy, *ctx.saved_tensors, ctx.format, ctx.group_size, ctx.k,
                                    backend=ctx.backend)  # fmt: skip
-    if ctx.needs_input_grad[3]:
+    if ctx.needs_input_grad[bias_at]:
         dbias = dy.reshape(-1, dy.shape[-1]).float().sum(0).to(ctx.bias_dtype)
+    return dx, dbias
+
+
+def _backward(ctx, dy):
+    dx, dbias = _straight_through(ctx, dy, 6)
+    return dx, None, None, None, None, None, dbias, None, None, None
+
+
+def _backward_rounded(ctx, dy):
+    dx, dbias = _straight_through(ctx, dy, 3)
     return dx, None, None, dbias, *(None for _ in ctx.option)
+
+
+def _setup_int4_int8(ctx, inputs, keyword_only_inputs, output):
+    x, qdata, scale, zero, bias, group_size = inputs
+    weight = (qdata, scale, zero, None, None)
+    _setup_context(ctx, (x, *weight, bias, "int4", group_size, None), keyword_only_inputs, output)
+
+
+def _backward_int4_int8(ctx, dy):
+    dx, dbias = _straight_through(ctx, dy, 4)
+    return dx, None, None, None, dbias, None
 
 
 QUANT_MATMUL.register_autograd(_backward, setup_context=_setup_context)
 QUANT_MATMUL_INT8.register_autograd(_backward_rounded, setup_context=_setup_rounded("int8"))
 QUANT_MATMUL_OUTLIERS.register_autograd(_backward_rounded, setup_context=_setup_rounded("int8"))
 QUANT_MATMUL_FP8.register_autograd(_backward_rounded, setup_context=_setup_rounded("fp8_240"))
+QUANT_MATMUL_INT4_INT8.register_autograd(_backward_int4_int8, setup_context=_setup_int4_int8)
 
 
 def _check(x, qweight, bias) -> None:
@@ -135,17 +158,21 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
     int8 has it, and y[..., n] = float(sum_k q[..., k] * qdata[n, k]) * scale[n] * scale[...],
     plus bias[n]; the sum is exact in int32, so that every backend and instruction set gives the
     same bits. A row of x with an infinity or NaN gives NaN; the gradient passes straight through.
+    For a weight in int4 the same by groups g of its columns, those that share a scale of W:
+    y[..., n] = sum_g float(sum_{k in g} q[..., k] * (qdata[n, k] - zero[n, g])) * scale[n, g] *
+    scale[..., g] + bias[n], each group of a row of x rounded by its own largest magnitude; sums
+    over k are exact, those over g in fp32.
     With activations="fp8" the same in fp8_240, sums in fp32: two products a cycle on AWS trn2.
 
     Args:
         x: (..., K), fp32, bf16 or fp16.
         qweight: W of shape (N, K), in any format of `genai_perf.formats`.
         bias: (N), fp32, bf16 or fp16, or None.
-        activations: None: as they are; or "int8", for a weight in int8 with K at most 131072; or
-            "fp8", for a weight in fp8_240 by row.
-        threshold: with activations="int8": a column of x that holds this magnitude or more in any
-            row is not rounded, and meets the dequantized column of W in fp32 (LLM.int8; 6.0 is its
-            choice). 0: none.
+        activations: None: as they are; or "int8", for a weight in int8 with K at most 131072, or in
+            int4; or "fp8", for a weight in fp8_240 by row.
+        threshold: with activations="int8" and int8 weights: a column of x that holds this
+            magnitude or more in any row is not rounded, and meets the dequantized column of W in
+            fp32 (LLM.int8; 6.0 is its choice). 0: none.
         backend: "cuda", "triton", "nki", "native" or "reference"; None takes the first that can run
             the call.
 
@@ -158,7 +185,8 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
         BackendUnsupported: the named backend cannot run this call.
 
     Source: QLoRA, arXiv:2305.14314, section 3 (a product over stored 4-bit weights); LLM.int8(),
-    arXiv:2208.07339, section 2 (rows of x and W in int8).
+    arXiv:2208.07339, section 2 (rows of x and W in int8); groups of x in int8 as onnxruntime's
+    MatMulNBits has them at accuracy level 4.
     """
     if (
         backend is None
@@ -174,10 +202,14 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
     if activations is not None:
         check_choice("quant_matmul", "activations", activations, ("int8", "fp8"))
     if threshold:
-        outliers.check(activations, threshold)
+        outliers.check(activations, threshold, qweight.format)
+    if activations == "int8" and qweight.format == "int4":
+        return QUANT_MATMUL_INT4_INT8(x, qweight.qdata, qweight.scale, qweight.zero_point, bias,
+                                      qweight.group_size, backend=backend)  # fmt: skip
     if activations == "int8":
         if qweight.format != "int8" or x.shape[-1] > native.INT8_COLUMNS:
-            fail("quant_matmul", "qweight", "int8 of at most 131072 columns for int8 activations",
+            fail("quant_matmul", "qweight",
+                 "int4, or int8 of at most 131072 columns, for int8 activations",
                  f"{qweight.format} of shape {tuple(qweight.shape)}")  # fmt: skip
         weight = qweight.qdata, qweight.scale
         if threshold:

@@ -57,6 +57,18 @@ def outliers(x, qdata, scale, bias, threshold):
     return multiply(x, qdata, scale, bias, threshold, int8)
 
 
+def why_not_int4_int8(x, qdata, scale, zero_point, bias, group_size) -> str | None:
+    if group_size > 0 and group_size % 32:
+        return f"its groups of int8 activations are multiples of 32, got {group_size}"
+    return native.why_not(x, qdata, scale, zero_point, bias)
+
+
+def int4_int8(x, qdata, scale, zero_point, bias, group_size):
+    weight = (qdata, scale, zero_point, None, None)
+    packed = Packed("int4", qdata.shape[0], x.shape[-1], weight, group_size)
+    return packed.forward(x, bias, int8=True)
+
+
 def direct(x, qweight, bias, activations) -> torch.Tensor | None:
     """`forward` with what the last call kept in `qweight.packed`, without the op around it.
 
@@ -67,10 +79,10 @@ def direct(x, qweight, bias, activations) -> torch.Tensor | None:
         packed = qweight.packed = _packed(qweight)
     fits = (
         packed is not None and _is_input(x) and x.dim() and x.shape[-1] == packed.k
-        and not (activations and packed.k > INT8_COLUMNS)
+        and (activations is None or (activations == "int8" and packed.takes_int8))
         and (bias is None or (_is_input(bias) and bias.shape == (packed.n,)))
     )  # fmt: skip
-    if not fits or (activations and not (activations == "int8" == packed.format)):
+    if not fits:
         return None
     return packed.forward(x, bias, int8=activations is not None)
 
@@ -104,6 +116,11 @@ class Packed:
         check_components(format, n, k, weight, group_size)
         self.n, self.k, self.format, self.group_size = n, k, format, group_size
         self.shape = torch.Size((n, k))
+        # Whether there is a kernel for x in int8.
+        self.takes_int8 = (
+            k <= INT8_COLUMNS if format == "int8"
+            else format == "int4" and (group_size == -1 or group_size % 32 == 0)
+        )  # fmt: skip
         self.places = [_place(t) for t in weight]
         # Held as long as this: contiguous copies, where a component is a view.
         self.held = [None if t is None else t.contiguous() for t in weight]

@@ -7,10 +7,10 @@ import torch
 from ..._checks import fail
 
 
-def check(activations: str | None, threshold: float) -> None:
-    if threshold < 0 or (threshold and activations != "int8"):
-        fail("quant_matmul", "threshold", "0, or more with activations='int8'",
-             f"{threshold} with activations={activations!r}")  # fmt: skip
+def check(activations: str | None, threshold: float, format: str) -> None:
+    if threshold < 0 or (threshold and (activations, format) != ("int8", "int8")):
+        fail("quant_matmul", "threshold", "0, or more with activations='int8' and int8 weights",
+             f"{threshold} with activations={activations!r} and {format}")  # fmt: skip
 
 
 def multiply(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,

@@ -55,6 +55,23 @@ def int8(x, qdata, scale, bias):
     return _product(x, "int8", qdata, scale, bias)
 
 
+def why_not_int4_int8(*args) -> None:
+    return None
+
+
+def int4_int8(x, qdata, scale, zero_point, bias, group_size):
+    n, k = qdata.shape[0], x.shape[-1]
+    w_scale, size = scale.float(), group_size if group_size > 0 else max(k, 1)
+    unit = torch.ones_like(w_scale)
+    w = weight(qdata, unit, zero_point, None, None, "int4", group_size, (n, k)).double()
+    y = x.new_zeros((*x.shape[:-1], n), dtype=torch.float32)
+    for g, first in enumerate(range(0, k, size)):
+        codes, x_scale = rounded(x[..., first : first + size], "int8")
+        sums = (codes.double() @ w[:, first : first + size].T).float()  # exact, then rounded once
+        y += sums * (w_scale[:, g] * x_scale)
+    return (y + (0.0 if bias is None else bias.float())).to(x.dtype)
+
+
 def fp8(x, qdata, scale, bias):
     return _product(x, "fp8_240", qdata.view(torch.float8_e4m3fn), scale, bias)
 
