@@ -54,6 +54,16 @@ struct Zeros {
   const float* values;
 };
 
+// The sums of the even and of the odd vectors of a decoded chunk times x, in its order.
+GP_INLINE inline void multiply_chunk(const vf* w, const float* x, vf& even, vf& odd) {
+  even = v_mul(w[0], v_load(x));
+  odd = v_mul(w[1], v_load(x + VL));
+  for (int j = 2; j < 8; j += 2) {
+    even = v_fma(w[j], v_load(x + j * VL), even);
+    odd = v_fma(w[j + 1], v_load(x + (j + 1) * VL), odd);
+  }
+}
+
 // Codecs: decode(p, zeros, lanes, e, w) decodes the chunk at p, which begins at weight e of the
 // groups that `zeros` describes.
 

@@ -67,12 +67,8 @@ __attribute__((noinline)) void dot_piece(const Codec& codec, const Lanes& lanes,
     codec.decode(p, row.zeros, lanes, e, w);
     const vf scale = lanes.at<OneGroup>(row.scale, e);
     for (int m = 0; m < M; ++m) {
-      const float* xm = x + m * x_stride;
-      vf even = v_mul(w[0], v_load(xm)), odd = v_mul(w[1], v_load(xm + VL));
-      for (int j = 2; j < 8; j += 2) {
-        even = v_fma(w[j], v_load(xm + j * VL), even);
-        odd = v_fma(w[j + 1], v_load(xm + (j + 1) * VL), odd);
-      }
+      vf even, odd;
+      multiply_chunk(w, x + m * x_stride, even, odd);
       acc[m][0] = v_fma(even, scale, acc[m][0]);
       acc[m][1] = v_fma(odd, scale, acc[m][1]);
     }

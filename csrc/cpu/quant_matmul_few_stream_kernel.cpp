@@ -106,12 +106,8 @@ void dot(const Lanes& lanes, const Row& row, int64_t c0, int64_t c1, int64_t ahe
       if (HasZero && !OneGroup)
         for (int j = 0; j < 8; ++j) w[j] = v_sub(w[j], zero);
       for (int m = 0; m < M; ++m) {
-        const float* xm = x + m * x_stride;
-        vf even = v_mul(w[0], v_load(xm)), odd = v_mul(w[1], v_load(xm + VL));
-        for (int j = 2; j < 8; j += 2) {
-          even = v_fma(w[j], v_load(xm + j * VL), even);
-          odd = v_fma(w[j + 1], v_load(xm + (j + 1) * VL), odd);
-        }
+        vf even, odd;
+        multiply_chunk(w, x + m * x_stride, even, odd);
         part[m] = v_fma(v_add(even, odd), scale, part[m]);
       }
     }
