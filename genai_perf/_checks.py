@@ -1,5 +1,6 @@
 """One wording for every ValueError: `op: argument must be <expected>, got <got>`."""
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -48,6 +49,31 @@ def check_positive(op: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             fail(op, name, "positive", value)
+
+
+def number(op: str, argument: str, value: object) -> float:
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not -math.inf < found < math.inf:
+        fail(op, argument, "a finite number", repr(value))
+    return found
+
+
+def scale_of_scores(op: str, softmax_scale: float | None, headdim: int) -> float:
+    return (
+        1 / math.sqrt(headdim)
+        if softmax_scale is None
+        else number(op, "softmax_scale", softmax_scale)
+    )
+
+
+def check_softcap(op: str, value: object) -> float:
+    found = number(op, "softcap", value)
+    if found < 0:
+        fail(op, "softcap", "0 (none) or positive and finite", value)
+    return found
 
 
 def check_window(op: str, window_size) -> tuple[int, int]:

@@ -124,11 +124,12 @@ def _attend(op, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
     }
     if sequences is not None:
         cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = sequences
+        check_tensor(op, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         options |= {
             "cu_seqlens_q": cu_seqlens_q,
             "cu_seqlens_k": cu_seqlens_k,
-            "max_seqlen_q": operator.index(longest_q),
-            "max_seqlen_k": operator.index(longest_k),
+            "max_seqlen_q": _longest(op, "max_seqlen_q", longest_q),
+            "max_seqlen_k": _longest(op, "max_seqlen_k", longest_k),
         }
     if not return_attn_probs:
         return attention(q, k, v, dropout_p=dropout_p, **options)
@@ -162,6 +163,13 @@ def _dropped_softmax(q, k, dropout_p: float, options: dict) -> torch.Tensor:
     return room.transpose(1, 2)
 
 
+def _longest(op: str, name: str, value) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        fail(op, name, "an int, 0 or more", repr(value))
+
+
 def window(op: str, window_size) -> tuple[int | None, int | None]:
     """flash-attn's window, whose sides are -1 where unbounded, as `attention` takes it."""
     try:
@@ -187,8 +195,8 @@ def _paged_rows(op: str, pages, block_table, cu_seqlens_k) -> torch.Tensor:
     batch = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
     position = torch.arange(len(batch), device=lengths.device) - cu_seqlens_k.long()[batch]
     if len(position) and int(position.max()) >= block_table.shape[1] * size:
-        fail(op, "block_table", f"{block_table.shape[1]} pages of {size} keys hold every sequence",
-             f"a sequence of {int(lengths.max())} keys")  # fmt: skip
+        fail(op, "block_table", f"(batch, pages) with pages of {size} keys for every sequence",
+             f"{block_table.shape[1]} for one of {int(lengths.max())} keys")  # fmt: skip
     page = block_table[batch, position // size].long()
     if len(page) and not 0 <= int(page.min()) <= int(page.max()) < pages.shape[0]:
         fail(op, "block_table", f"pages from 0 to {pages.shape[0] - 1}",

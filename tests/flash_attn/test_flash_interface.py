@@ -310,7 +310,7 @@ def test_pages_are_the_same_keys():
     table[0, 1] = 7
     with pytest.raises(ValueError, match="block_table must be pages from 0 to 6, got 1 to 7"):
         gp.flash_attn_varlen_func(q, *pages, *cu, 5, 9, block_table=table)
-    with pytest.raises(ValueError, match="block_table must be 2 pages of 4 keys"):
+    with pytest.raises(ValueError, match="block_table must be .* got 2 for one of 9 keys"):
         gp.flash_attn_varlen_func(q, *pages, *cu, 5, 9, block_table=table[:, :2])
 
 
@@ -357,6 +357,8 @@ def test_dropout_and_its_mask(varlen):
         (dict(window_size=3), "window_size must be a pair"),
         (dict(window_size=(1.5, 0)), "window_size must be a pair"),
         (dict(softcap=-1.0), "softcap must be 0"),
+        (dict(dropout_p="a"), "dropout_p must be a finite number, got 'a'"),
+        (dict(softmax_scale=float("inf")), "softmax_scale must be a finite number, got inf"),
         (dict(alibi_slopes=torch.ones(3)), "alibi_slopes must be"),
     ],
 )
@@ -374,3 +376,13 @@ def test_bad_packing():
         gp.flash_attn_qkvpacked_func(q)
     with pytest.raises(ValueError, match="cu_seqlens"):
         gp.flash_attn_varlen_func(q[0], q[0], q[0], cu.long(), cu, 4, 4)
+    with pytest.raises(ValueError, match="max_seqlen_k must be an int, 0 or more, got None"):
+        gp.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 4, None)
+    with pytest.raises(TypeError, match="flash_attn_varlen_func: cu_seqlens_k must be a tensor"):
+        gp.flash_attn_varlen_func(q[0], q[0], q[0], cu, None, 4, 4)
+    falling = torch.tensor([0, 4, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_q must be non-decreasing, got 4, 2 at"):
+        gp.flash_attn_varlen_func(q[0], q[0], q[0], falling, falling, 3, 3)
+    pages, table = q[:, :2], torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="block_table must be .*got 1 for one of 4 keys"):
+        gp.flash_attn_varlen_func(q[0], pages, pages, cu, cu, 4, 4, block_table=table)

@@ -1,6 +1,7 @@
 """Plain CPU calls go to the native function without the op: the same bits, and only where nothing
 else should see the call."""
 
+import math
 import sys
 
 import pytest
@@ -136,7 +137,10 @@ BAD = {
         "v": torch.randn(2, 9, 2, 40).half(),
     },
     "batch|rows": {"q": torch.randn(3, 3, 6, 24)},
-    "softcap": {"softcap": -1.0},
+    "softcap must be 0": {"softcap": -1.0},
+    "softcap must be a finite number, got 'x'": {"softcap": "x"},
+    "softmax_scale must be a finite number, got nan": {"softmax_scale": math.nan},
+    "softmax_scale must be a finite number, got 'x'": {"softmax_scale": "x"},
     "window_size": {"window_size": (-1, 0)},
 }
 

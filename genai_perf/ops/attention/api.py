@@ -1,7 +1,6 @@
 """The public `attention`."""
 
-import math
-
+from ..._checks import check_softcap, scale_of_scores
 from . import checks, native
 from .op import FORWARD
 from .options import Options
@@ -100,7 +99,7 @@ def attention(
         return found if return_lse else found[0]
     batch = checks.shapes(q, k, v, cu_seqlens_q, cu_seqlens_k)
     packed = cu_seqlens_q is not None
-    checks.softcap(softcap)
+    softcap = check_softcap(checks.OP, softcap)
     checks.alibi(alibi_slopes, q, batch)
     checks.sinks(sinks, q)
     block_mask, block_q, block_k = checks.blocks(block_mask, block_size, q, k, packed=packed)
@@ -116,8 +115,8 @@ def attention(
         max_seqlen_k=checks.max_seqlen(max_seqlen_k, k, packed, "max_seqlen_k"),
         window_left=left,
         window_right=right,
-        softmax_scale=1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale),
-        softcap=float(softcap),
+        softmax_scale=scale_of_scores(checks.OP, softmax_scale, q.shape[-1]),
+        softcap=softcap,
         block_q=block_q,
         block_k=block_k,
         dropout_p=float(dropout_p),

@@ -1,7 +1,5 @@
 """The checks of `attention`: one ValueError sentence each, naming the argument."""
 
-import math
-
 import torch
 
 from ..._checks import (
@@ -12,6 +10,7 @@ from ..._checks import (
     check_window,
     fail,
     heads_fit,
+    number,
 )
 
 OP = "attention"
@@ -73,11 +72,6 @@ def window(window_size) -> tuple[int, int]:
     return check_window(OP, window_size)
 
 
-def softcap(value: float) -> None:
-    if not 0 <= value < math.inf:
-        fail(OP, "softcap", "0 (none) or positive and finite", value)
-
-
 def alibi(alibi_slopes, q, batch) -> None:
     if alibi_slopes is None:
         return
@@ -104,7 +98,7 @@ def sinks(values, q) -> None:
 
 def dropout(dropout_p, rng_state, q):
     """The state to use: that of the caller, or a new one from torch's generator; None for none."""
-    if not 0 <= dropout_p < 1:
+    if not 0 <= number(OP, "dropout_p", dropout_p) < 1:
         fail(OP, "dropout_p", "in [0, 1)", dropout_p)
     if rng_state is not None:
         check_tensor(OP, rng_state=rng_state)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..._backends import native
-from ..._checks import FAR
+from ..._checks import FAR, scale_of_scores
 from ..._dispatch import goes_direct
 from .dropout import below
 from .options import Options, present
@@ -127,8 +127,11 @@ def direct(q, k, v, window, softmax_scale, softcap):
 
     None unless everything fits and no gradient is wanted: the long way says why, or records.
     """
-    if not (goes_direct(q, k, v) and q.dim() == k.dim() == v.dim() == 4 and 0 <= softcap < math.inf
-            and max(window) < FAR):  # fmt: skip
+    fits = (
+        goes_direct(q, k, v) and q.dim() == k.dim() == v.dim() == 4 and max(window) < FAR
+        and type(softcap) in (float, int) and 0 <= softcap < math.inf
+    )  # fmt: skip
+    if not fits:
         return None
     (batch, seqlen_q, heads, dim), dim_v = q.shape, v.shape[3]
     if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype or dim == 0:
@@ -139,7 +142,7 @@ def direct(q, k, v, window, softmax_scale, softcap):
         (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()),
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
         (*window, native.DTYPE_CODES[q.dtype], native.threads()),
-        1 / math.sqrt(dim) if softmax_scale is None else float(softmax_scale), softcap,
+        scale_of_scores("attention", softmax_scale, dim), softcap,
     )  # fmt: skip
     return (out, lse) if done else None
 

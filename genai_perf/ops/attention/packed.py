@@ -15,9 +15,11 @@ def bounds(cu_seqlens: torch.Tensor, total: int, longest: int, side: str) -> lis
     if values[0] != 0 or values[-1] > total:
         fail("attention", name, f"from 0 to at most {total} (the rows of its tensor)",
              f"{values[0]} to {values[-1]}")  # fmt: skip
-    for i, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+    pairs = list(enumerate(zip(values, values[1:], strict=False)))
+    for i, (a, b) in pairs:
         if b < a:
             fail("attention", name, "non-decreasing", f"{a}, {b} at positions {i}, {i + 1}")
+    for i, (a, b) in pairs:
         if b - a > longest:
             fail("attention", f"max_seqlen_{side}", f"at least {b - a} (sequence {i})", longest)
     return values

@@ -1,6 +1,5 @@
 """The public `decode_attention`: its checks, and what they make of its arguments."""
 
-import math
 from contextlib import nullcontext
 
 import torch
@@ -9,10 +8,12 @@ from ..._checks import (
     check_dtype,
     check_ndim,
     check_same,
+    check_softcap,
     check_tensor,
     check_window,
     fail,
     heads_fit,
+    scale_of_scores,
 )
 from . import native
 from .op import APPEND, READ
@@ -131,8 +132,7 @@ def decode_attention(
         check_tensor(OP, q=q, k_cache=k_cache, v_cache=v_cache)
         _check_shapes(q, k_cache, v_cache, k_scale, v_scale)
     batch = q.shape[0]
-    if not 0 <= softcap < math.inf:
-        fail(OP, "softcap", "0 (none) or positive and finite", softcap)
+    softcap = check_softcap(OP, softcap)
     if not isinstance(num_splits, int) or num_splits < 0:
         fail(OP, "num_splits", "an int >= 0", num_splits)
     _check_heads("alibi_slopes", alibi_slopes, q, q.shape[2], "nheads", by_batch=True)
@@ -165,8 +165,8 @@ def decode_attention(
         sinks=sinks,
         window_left=left,
         window_right=right,
-        softmax_scale=1 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale),
-        softcap=float(softcap),
+        softmax_scale=scale_of_scores(OP, softmax_scale, q.shape[3]),
+        softcap=softcap,
         num_splits=num_splits,
     )
     new = None

@@ -5,10 +5,10 @@ import math
 import torch
 
 from ..._backends import native
-from ..._checks import FAR
+from ..._checks import FAR, scale_of_scores
 from ..._dispatch import goes_direct
 from .options import New, Options, appended, q_in_sequence
-from .values import FEW, check_values
+from .values import FEW, OP, check_values
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -122,7 +122,7 @@ def direct(q, k_cache, v_cache, cache_seqlens, window, softmax_scale, softcap, n
     fits = (
         goes_direct(q, k_cache, v_cache) and q.dim() == k_cache.dim() == v_cache.dim() == 4
         and q.dtype in _DTYPES and q.dtype == k_cache.dtype == v_cache.dtype
-        and 0 <= softcap < math.inf
+        and type(softcap) in (float, int) and 0 <= softcap < math.inf
         and max(window) < FAR and type(num_splits) is int and 0 <= num_splits < FAR
     )  # fmt: skip
     if not fits:
@@ -147,7 +147,7 @@ def direct(q, k_cache, v_cache, cache_seqlens, window, softmax_scale, softcap, n
          native.pointer(sinks), native.pointer(lse), lengths),
         q.shape, q.stride(), k_cache.shape, k_cache.stride(), v_cache.shape, v_cache.stride(),
         (keys, *window, num_splits, native.DTYPE_CODES[q.dtype], native.threads()),
-        1 / math.sqrt(dim) if softmax_scale is None else float(softmax_scale), softcap,
+        scale_of_scores(OP, softmax_scale, dim), softcap,
     )  # fmt: skip
     return (out, lse) if done else None
 
