@@ -182,15 +182,35 @@ static inline void prefetch_row(const void* row, int64_t dim, DType type) {
 }
 constexpr int64_t AHEAD = 8;  // rows
 
+template <DType TYPE>
+static inline vf v_load_as(const void* row, int64_t i) {
+  if (TYPE == DType::f32) return v_load(static_cast<const float*>(row) + i);
+  const uint16_t* half = static_cast<const uint16_t*>(row) + i;
+  return TYPE == DType::bf16 ? v_load_bf16(half) : v_load_f16(half);
+}
+
 // Rows of a tensor as fp32 times `factor`, zero up to `padded` columns.
-static void pack_rows(float* dst, int64_t ld, int64_t padded, const void* src, int64_t stride,
-                      int64_t rows, int64_t dim, DType type, float factor) {
+template <DType TYPE>
+static void pack_rows_of(float* dst, int64_t ld, int64_t padded, const void* src, int64_t stride,
+                         int64_t rows, int64_t dim, float factor) {
+  const vf f = v_set(factor);
   for (int64_t r = 0; r < rows; ++r, dst += ld) {
-    if (r + AHEAD < rows) prefetch_row(offset(src, (r + AHEAD) * stride, type), dim, type);
-    load_row(dst, offset(src, r * stride, type), dim, type);
-    if (factor != 1.0f) scale_row(dst, dim, factor);
+    if (r + AHEAD < rows) prefetch_row(offset(src, (r + AHEAD) * stride, TYPE), dim, TYPE);
+    const void* row = offset(src, r * stride, TYPE);
+    int64_t i = 0;
+    for (; i + VL <= dim; i += VL) v_store(dst + i, v_mul(v_load_as<TYPE>(row, i), f));
+    for (; i < dim; ++i) dst[i] = load_one(row, i, TYPE) * factor;
     fill(dst + dim, padded - dim, 0.0f);
   }
+}
+
+static void pack_rows(float* dst, int64_t ld, int64_t padded, const void* src, int64_t stride,
+                      int64_t rows, int64_t dim, DType type, float factor) {
+  if (type == DType::f32)
+    return pack_rows_of<DType::f32>(dst, ld, padded, src, stride, rows, dim, factor);
+  if (type == DType::bf16)
+    return pack_rows_of<DType::bf16>(dst, ld, padded, src, stride, rows, dim, factor);
+  pack_rows_of<DType::f16>(dst, ld, padded, src, stride, rows, dim, factor);
 }
 
 #if defined(__AVX2__)
