@@ -11,6 +11,7 @@ namespace gp {
 namespace GP_ISA {
 
 constexpr float INT16_TOP = 32767.0f;
+constexpr int64_t MAX_INT8_DIM = 512;  // a score, at most 128 * 32767 times this, fits into 32 bits
 
 // Pairs of keys whose values are added at once, before their sum becomes a float.
 constexpr int PAIRS = VL == 16 ? 8 : 12;
@@ -24,7 +25,6 @@ static inline vi i_load(const void* p) { return _mm512_loadu_si512(p); }
 static inline void i_store(void* p, vi a) { _mm512_storeu_si512(p, a); }
 static inline vi i_set(int32_t x) { return _mm512_set1_epi32(x); }
 static inline vi i_dot(vi a, vi b) { return _mm512_madd_epi16(a, b); }
-static inline vi i_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 static inline vi i_round(vf a) { return _mm512_cvtps_epi32(a.v); }
 static inline vf i_float(vi a) { return {_mm512_cvtepi32_ps(a)}; }
 // low | high << 16
@@ -52,7 +52,6 @@ static inline vi i_load(const void* p) { return _mm256_loadu_si256(static_cast<c
 static inline void i_store(void* p, vi a) { _mm256_storeu_si256(static_cast<vi*>(p), a); }
 static inline vi i_set(int32_t x) { return _mm256_set1_epi32(x); }
 static inline vi i_dot(vi a, vi b) { return _mm256_madd_epi16(a, b); }
-static inline vi i_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 static inline vi i_round(vf a) { return _mm256_cvtps_epi32(a.v); }
 static inline vf i_float(vi a) { return {_mm256_cvtepi32_ps(a)}; }
 static inline vi i_pair(vi low, vi high) {
@@ -69,6 +68,32 @@ static inline void i_columns(const char* a, const char* b, vi& low, vi& high) {
   high = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(x, y));
 }
 #endif
+
+// acc += sums of the products of pairs, in the register of acc: GCC would copy sums about.
+static inline void add_dot(vi& acc, vi a, vi b) {
+  const vi products = i_dot(a, b);
+  asm("vpaddd %1, %0, %0" : "+v"(acc) : "v"(products));
+}
+
+// The sums of the lanes of four vectors, to out[0 .. 3], each times its scale.
+static inline void sum_rows(const vi* acc, int64_t step, const float* scale, float* out) {
+  __m256i x[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    x[i] = _mm256_add_epi32(_mm512_castsi512_si256(acc[i * step]),
+                            _mm512_extracti64x4_epi64(acc[i * step], 1));
+#else
+    x[i] = acc[i * step];
+#endif
+  }
+  const auto fold = [](__m256i low, __m256i high) { return _mm256_add_epi32(low, high); };
+  const __m256i a = fold(_mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[0], x[1]));
+  const __m256i b = fold(_mm256_unpacklo_epi32(x[2], x[3]), _mm256_unpackhi_epi32(x[2], x[3]));
+  const __m256i c = fold(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+  const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
+  _mm_storeu_ps(out, _mm_mul_ps(_mm_cvtepi32_ps(sums), _mm_loadu_ps(scale)));
+}
 
 // A row of `dim` floats, a multiple of STEP, to int16; returns what a 1 stands for.
 static inline float quantize_query(const float* x, int64_t dim, int16_t* out) {
@@ -88,10 +113,10 @@ static inline float quantize_query(const float* x, int64_t dim, int16_t* out) {
   return total - total == 0.0f ? top / INT16_TOP : total - total;
 }
 
-// score_tile for int8 keys and int16 queries: sums of integer products, still to be scaled.
+// score_tile for int8 keys and int16 queries, whose scales are given by row.
 template <int RT>
-static inline void score_tile_int8(const char* const* keys, int64_t at, const int16_t* q, int64_t ldq,
-                                   int64_t dim, float* out, int64_t ld) {
+GP_TILE void score_tile_int8(const char* const* keys, int64_t ahead, int64_t at, const int16_t* q,
+                             int64_t ldq, int64_t dim, const float* scale, float* out, int64_t ld) {
   constexpr int KT = TILE / RT;
   vi acc[TILE];
   const char* row[KT];
@@ -100,6 +125,7 @@ static inline void score_tile_int8(const char* const* keys, int64_t at, const in
 #pragma GCC unroll 16
   for (int i = 0; i < TILE; ++i) acc[i] = i_zero();
   for (int64_t d = 0; d < dim; d += STEP) {
+    fetch_ahead<1>(keys, KT, ahead, at, d);
     vi x[KT];
 #pragma GCC unroll 16
     for (int k = 0; k < KT; ++k) x[k] = i_widen(row[k] + d);
@@ -107,13 +133,18 @@ static inline void score_tile_int8(const char* const* keys, int64_t at, const in
     for (int r = 0; r < RT; ++r) {
       const vi y = i_load(q + r * ldq + d);
 #pragma GCC unroll 16
-      for (int k = 0; k < KT; ++k) acc[r * KT + k] = i_add(acc[r * KT + k], i_dot(x[k], y));
+      for (int k = 0; k < KT; ++k) add_dot(acc[r * KT + k], x[k], y);
     }
   }
-  vf sums[TILE];
+  if constexpr (RT == 4) {
+#pragma GCC unroll 4
+    for (int k = 0; k < KT; ++k) sum_rows(acc + k, KT, scale, out + k * ld);
+  } else {
+    vf sums[TILE];
 #pragma GCC unroll 16
-  for (int i = 0; i < TILE; ++i) sums[i] = i_float(acc[i]);
-  store_scores<RT, KT>(sums, out, ld);
+    for (int i = 0; i < TILE; ++i) sums[i] = v_mul(i_float(acc[i]), v_set(scale[i / KT]));
+    store_scores<RT, KT>(sums, out, ld);
+  }
 }
 
 // Weights (key, lane) to int16, two keys in each 32 bits, in place of the first of the two; `unit`
@@ -138,26 +169,35 @@ static inline void quantize_weights(float* p, int64_t padded, int64_t ld, const 
 // value_tile for int8 values and the weights of quantize_weights: PAIRS pairs of keys. Their sum, below
 // 2 PAIRS 127 INT16_TOP, fits into 32 bits.
 template <int RT>
-static inline void value_tile_int8(const char* const* values, int64_t at, const float* p, int64_t ldp,
-                                   const float* unit, float* sums, int64_t ld, int64_t dim) {
+GP_TILE void value_tile_int8(const char* const* values, int64_t ahead, int64_t at, const float* p,
+                             int64_t ldp, const float* unit, float* sums, int64_t ld, int64_t dim) {
   alignas(64) int32_t weight[PAIRS * RT];
 #pragma GCC unroll 16
   for (int k = 0; k < PAIRS; ++k) std::memcpy(weight + k * RT, p + 2 * k * ldp, RT * 4);
+  const char* row[2 * PAIRS];
+  for (int k = 0; k < 2 * PAIRS; ++k) row[k] = values[k] + at;
+  // As many rows are fetched as there are keys here, some of them in each step: more at once get lost.
+  const int64_t per_step = (2 * PAIRS * STEP + dim - 1) / dim;
+  int64_t next = 0;
   for (int64_t c = 0; c < dim; c += STEP) {
+    for (int64_t i = 0; i < per_step && next < 2 * PAIRS; ++i, ++next)
+      for (int64_t d = 0; d < dim; d += 64) GP_PREFETCH(values[ahead + next] + at + d);
     const int32_t* w = weight;
+    const char* const* from = row;
     GP_IN_MEMORY(w);
+    GP_IN_MEMORY(from);
     vi acc[2 * RT];
 #pragma GCC unroll 8
     for (int i = 0; i < 2 * RT; ++i) acc[i] = i_zero();
-#pragma GCC unroll 2
+#pragma GCC unroll 16
     for (int k = 0; k < PAIRS; ++k) {
       vi x0, x1;
-      i_columns(values[2 * k] + at + c, values[2 * k + 1] + at + c, x0, x1);
+      i_columns(from[2 * k] + c, from[2 * k + 1] + c, x0, x1);
 #pragma GCC unroll 4
       for (int r = 0; r < RT; ++r) {
         const vi y = i_set(w[k * RT + r]);
-        acc[2 * r] = i_add(acc[2 * r], i_dot(y, x0));
-        acc[2 * r + 1] = i_add(acc[2 * r + 1], i_dot(y, x1));
+        add_dot(acc[2 * r], y, x0);
+        add_dot(acc[2 * r + 1], y, x1);
       }
     }
 #pragma GCC unroll 8

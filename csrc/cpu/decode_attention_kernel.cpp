@@ -8,33 +8,29 @@
 // fetched AHEAD_BYTES before their use. A row read once from the second-level cache costs nothing
 // beside the arithmetic; rows of one head, a power of two apart, would share a few cache sets.
 #include "common/parallel.h"
+#include "cpu/decode_attention_float8.h"
 #include "cpu/decode_attention_int8.h"
 #include "cpu/decode_attention_softmax.h"
-
-#ifndef GP_PREFETCH
-#define GP_PREFETCH(p) __builtin_prefetch((p), 0, 2)
-#endif
 
 namespace gp {
 namespace GP_ISA {
 namespace {
-
-constexpr int64_t UNIT = VL == 16 ? 16 : 24;  // keys: whole tiles, whatever their rows
 
 template <int N>
 struct Constant {
   static constexpr int value = N;
 };
 
-static inline void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) GP_PREFETCH(row + i);
-}
-
 // INTEGER: queries and weights are int16 (decode_attention_int8.h).
 template <DType T, bool K_FITS, bool V_FITS, bool INTEGER>
 struct Item {
-  static constexpr DType K = K_FITS ? T : DType::f32, V = V_FITS ? T : DType::f32;
-  static constexpr int bytes = Element<T>::bytes;
+  // The types that the tiles read: float8 by way of fp16, and what the vectors do not divide as floats.
+  static constexpr bool FLOAT8 = T == DType::f8e4m3fn;
+  static constexpr DType AS = FLOAT8 ? DType::f16 : T;
+  static constexpr DType K = K_FITS ? AS : DType::f32, V = V_FITS ? AS : DType::f32;
+  static constexpr float K_UNIT = FLOAT8 && K_FITS ? FLOAT8_UNIT : 1.0f;
+  static constexpr float V_UNIT = FLOAT8 && V_FITS ? FLOAT8_UNIT : 1.0f;
+  static constexpr int bytes = FLOAT8 ? 1 : Element<AS>::bytes;
   const Plan& p;
   const DecodeArgs& a;
   const Bench& w;
@@ -50,7 +46,7 @@ struct Item {
         rows(min64(MAX_ROWS, plan.rows - first_row)), lanes_of_head(plan.lanes_of_head()),
         span(plan.a, batch) {
     const int64_t of_key = heads * max64(a.dim, a.dim_v) * bytes;
-    ahead = min64(max64(AHEAD_BYTES / of_key, UNIT), MAX_AHEAD);
+    ahead = min64(max64(AHEAD_BYTES / of_key, VALUE_KEYS), MAX_AHEAD);
     for (int64_t l = 0; l < heads * lanes_of_head; ++l) {
       const int64_t row = row0 + min64(l % lanes_of_head, rows - 1);
       const int64_t head = (head0 + l / lanes_of_head) * p.group + row % p.group;
@@ -64,7 +60,7 @@ struct Item {
 
   // Queries times their scales, in the order of lanes of the keys; zeros as padding.
   void load_queries(int64_t h) const {
-    const float factor = a.scale * scale_of(a.cache.k_scale, head0 + h) * Element<K>::unit;
+    const float factor = a.scale * scale_of(a.cache.k_scale, head0 + h) * K_UNIT;
     float* line = w.line;
     for (int64_t r = 0; r < lanes_of_head; ++r) {
       const int64_t l = h * lanes_of_head + r;
@@ -87,22 +83,34 @@ struct Item {
     }
   }
 
-  // f(rows of a tile, key, offset of the head, lane) for all tiles: the heads of a few keys follow
-  // each other. `of` says how many keys a tile has.
+  // f(rows of a tile, its keys, how far ahead to fetch, offset of the head, lane, key) for all tiles:
+  // the heads of a few keys follow each other. `of` says how many keys a tile has; dim: of keys that
+  // are read as they lie, else 0.
   template <class Of, class F>
-  void each_tile(int64_t n, const char* const* from, int64_t at, int64_t head_stride, int64_t fetch,
+  void each_tile(int64_t n, const char* const* from, int64_t at, int64_t head_stride, int64_t dim,
                  Of of, F f) const {
     const int64_t step = lanes_of_head % 4 == 0 ? of(Constant<4>())
                          : lanes_of_head == 2   ? of(Constant<2>())
                          : lanes_of_head == 1   ? of(Constant<1>())
                                                 : UNIT;
+    const int64_t fetch = dim > 0 ? ahead : 0;
+    const char* halves[UNIT];
     for (int64_t k = 0; k < n; k += step)
       for (int64_t h = 0; h < heads; ++h) {
-        const int64_t here = at + h * head_stride;
-        for (int64_t j = 0; fetch > 0 && j < step; ++j)
-          prefetch_row(from[k + j + ahead] + here, fetch);
+        const char* const* rows = from + k;
+        int64_t here = at + h * head_stride, fetch_here = fetch;
+        if (FLOAT8 && dim > 0) {
+          for (int64_t j = 0; j < step; ++j) {
+            for (int64_t d = 0; d < dim; d += 64) GP_PREFETCH(rows[fetch + j] + here + d);
+            uint16_t* half = w.half + j * dim;
+            float8_to_half(rows[j] + here, half, dim);
+            halves[j] = reinterpret_cast<const char*>(half);
+          }
+          rows = halves, here = 0, fetch_here = 0;
+        }
         const auto tiles = [&](auto rt, int64_t lane) {
-          for (int64_t j = 0; j < step; j += of(rt)) f(rt, k + j, here, lane);
+          for (int64_t j = 0; j < step; j += of(rt))
+            f(rt, rows + j, fetch_here, here, lane, k + j);
         };
         int64_t l = h * lanes_of_head;
         const int64_t end = l + lanes_of_head;
@@ -113,24 +121,25 @@ struct Item {
   }
 
   template <int RT>
-  void scores(const char* const* k, int64_t at, int64_t l, float* out) const {
+  void scores(const char* const* k, int64_t fetch, int64_t at, int64_t l, float* out) const {
 #if defined(__AVX2__)
     if constexpr (INTEGER) {
       const int16_t* q = reinterpret_cast<const int16_t*>(w.q + l * p.ldq);
-      return score_tile_int8<RT>(k, at, q, 2 * p.ldq, p.ldq, out + l, p.ld);
+      return score_tile_int8<RT>(k, fetch, at, q, 2 * p.ldq, p.ldq, w.scale + l, out + l, p.ld);
     }
 #endif
-    score_tile<K, RT>(k, at, w.q + l * p.ldq, p.ldq, p.ldq, out + l, p.ld);
+    score_tile<K, RT>(k, fetch, at, w.q + l * p.ldq, p.ldq, p.ldq, out + l, p.ld);
   }
 
   template <int RT>
-  void add_values(const char* const* v, int64_t at, int64_t l, const float* weights) const {
+  void add_values(const char* const* v, int64_t fetch, int64_t at, int64_t l,
+                  const float* weights) const {
     float* sums = w.sums + l * p.ldv;
 #if defined(__AVX2__)
     if constexpr (INTEGER)
-      return value_tile_int8<RT>(v, at, weights + l, p.ld, w.unit + l, sums, p.ldv, p.ldv);
+      return value_tile_int8<RT>(v, fetch, at, weights + l, p.ld, w.unit + l, sums, p.ldv, p.ldv);
 #endif
-    value_tile<V, RT>(v, at, weights + l, p.ld, sums, p.ldv, p.ldv);
+    value_tile<V, RT>(v, fetch, at, weights + l, p.ld, sums, p.ldv, p.ldv);
   }
 
   // `heads` rows of every key to floats; the pointers of `from` then lead to these.
@@ -154,27 +163,21 @@ struct Item {
     if (!K_FITS) k_head = unpack(w.keys, p.ldq, a.dim, a.cache.k.head, keys, n), k_at = 0;
     if (!V_FITS) v_head = unpack(w.values, p.ldv, a.dim_v, a.cache.v.head, values, n), v_at = 0;
     each_tile(
-        n, keys, k_at, k_head, K_FITS ? a.dim * bytes : 0,
+        n, keys, k_at, k_head, K_FITS ? a.dim : 0,
         [](auto rt) { return INTEGER ? TILE / rt.value : KEYS<K, rt.value>; },
-        [&](auto rt, int64_t k, int64_t at, int64_t l) {
-          scores<rt.value>(keys + k, at, l, w.scores + k * p.ld);
+        [&](auto rt, const char* const* rows, int64_t fetch, int64_t at, int64_t l, int64_t k) {
+          scores<rt.value>(rows, fetch, at, l, w.scores + k * p.ld);
         });
-    if (INTEGER)
-      for (int64_t k = 0; k < n; ++k)
-        for (int64_t l = 0; l < p.ld; l += VL) {
-          float* x = w.scores + k * p.ld + l;
-          v_store(x, v_mul(v_load(x), v_load(w.scale + l)));
-        }
     apply_rules(a, span, lane, heads * lanes_of_head, p.ld, k0, n, padded, w.scores);
     softmax_step(padded, heads * lanes_of_head, p.ld, w.scores, w.max, w.sum, w.unit, w.sums, p.ldv);
 #if defined(__AVX2__)
     if (INTEGER) quantize_weights(w.scores, padded, p.ld, w.unit, w.unit);
 #endif
     each_tile(
-        n, values, v_at, v_head, V_FITS ? a.dim_v * bytes : 0,
+        n, values, v_at, v_head, V_FITS ? a.dim_v : 0,
         [](auto) { return INTEGER ? 2 * PAIRS : VALUE_KEYS; },
-        [&](auto rt, int64_t k, int64_t at, int64_t l) {
-          add_values<rt.value>(values + k, at, l, w.scores + k * p.ld);
+        [&](auto rt, const char* const* rows, int64_t fetch, int64_t at, int64_t l, int64_t k) {
+          add_values<rt.value>(rows, fetch, at, l, w.scores + k * p.ld);
         });
   }
 
@@ -222,8 +225,7 @@ struct Item {
     }
     const float v_scale =
         a.cache.v_scale ? a.cache.v_scale[b * a.cache.scale_batch + head_k] : 1.0f;
-    constexpr float unit = INTEGER ? 1.0f : Element<V>::unit;
-    const float factor = sum == 0.0f ? 0.0f : v_scale * unit / sum;
+    const float factor = sum == 0.0f ? 0.0f : v_scale * V_UNIT / sum;
     for (int64_t c = 0; c < p.ldv; ++c) line[c] *= factor;
     float* natural = line + p.ldv;
     from_lanes<V>(natural, line, p.ldv);
@@ -272,7 +274,8 @@ bool run(Plan& p) {
 
 template <DType T>
 bool run_type(Plan& p) {
-  if (T == DType::i8 && VL > 1 && p.a.dtype == DType::bf16 && p.k_fits && p.v_fits)
+  if (T == DType::i8 && VL > 1 && p.a.dtype == DType::bf16 && p.k_fits && p.v_fits &&
+      p.a.dim <= MAX_INT8_DIM)
     return run<T, true, true, T == DType::i8>(p);
   if (p.k_fits) return p.v_fits ? run<T, true, true, false>(p) : run<T, true, false, false>(p);
   return p.v_fits ? run<T, false, true, false>(p) : run<T, false, false, false>(p);

@@ -7,13 +7,14 @@
 namespace gp {
 namespace GP_ISA {
 
+constexpr int64_t UNIT = VL == 16 ? 16 : 24;  // keys: whole tiles, whatever their rows
 constexpr int64_t BLOCK = 48;      // keys between two updates of the running maximum: whole tiles
 // Where the caller does not say how many parts: about 16, of so many keys at least and at most.
 constexpr int64_t PARTS = 16, MIN_PART = 288, MAX_PART = 576;
 constexpr int64_t MAX_ROWS = 64;   // rows (queries times heads of a group) of an item and key head
 constexpr int64_t MAX_LANES = 64;  // rows of all key heads of an item
 constexpr int64_t Q_BYTES = 16384;  // queries of an item of several heads: half of the L1 cache
-constexpr int64_t AHEAD_BYTES = 16384;  // how far before its use a row is fetched
+constexpr int64_t AHEAD_BYTES = 32768;  // how far before its use a row is fetched
 constexpr int64_t MAX_AHEAD = 64;       // the same in keys
 
 // The visible keys of a sequence, numbered from leftpad, and how they are cut.
@@ -79,18 +80,21 @@ static inline void locate(const DecodeCache& c, int64_t b, int64_t first, int64_
   const int32_t* table = c.block_table ? c.block_table + b * c.table_stride : nullptr;
   int64_t page = c.batch_idx ? c.batch_idx[b] : b, slot = first;
   if (table) slot = first % c.page_size, table += first / c.page_size, page = *table;
-  for (int64_t j = 0; j < n; ++j, ++slot) {
-    if (table && slot == c.page_size) slot = 0, page = *++table;
-    keys[j] = static_cast<const char*>(c.k.data) + (page * c.k.batch + slot * c.k.seq) * bytes;
-    values[j] = static_cast<const char*>(c.v.data) + (page * c.v.batch + slot * c.v.seq) * bytes;
+  const int64_t k_step = c.k.seq * bytes, v_step = c.v.seq * bytes;
+  for (int64_t j = 0; j < n; slot = 0, page = j < n ? *++table : 0) {
+    const char* k = static_cast<const char*>(c.k.data) + (page * c.k.batch + slot * c.k.seq) * bytes;
+    const char* v = static_cast<const char*>(c.v.data) + (page * c.v.batch + slot * c.v.seq) * bytes;
+    const int64_t last = table ? min64(n, j + c.page_size - slot) : n;
+    for (; j < last; ++j, k += k_step, v += v_step) keys[j] = k, values[j] = v;
   }
   for (int64_t j = n; j < size; ++j) keys[j] = keys[n - 1], values[j] = values[n - 1];
 }
 
 // What one thread works in. By lane: max, sum, and of the integer products scale (what a query's 1
-// stands for) and unit (what a weight's 1 stands for).
+// stands for) and unit (what a weight's 1 stands for). half: UNIT rows of a head of a float8 cache.
 struct Bench {
   float *line, *q, *sums, *scores, *max, *sum, *scale, *unit, *keys, *values;
+  uint16_t* half;
   Bench(const Plan& p, float* memory) {
     line = memory;
     q = line + p.ldq;
@@ -102,11 +106,13 @@ struct Bench {
     unit = scale + p.ld;
     keys = unit + p.ld;
     values = keys + (p.k_fits ? 0 : BLOCK * p.heads_chunk * p.ldq);
+    half = reinterpret_cast<uint16_t*>(values + (p.v_fits ? 0 : BLOCK * p.heads_chunk * p.ldv));
   }
   static int64_t size(const Plan& p) {
     return round_up(p.ldq + p.lanes * (p.ldq + p.ldv) + (BLOCK + 4) * p.ld +
                         (p.k_fits ? 0 : BLOCK * p.heads_chunk * p.ldq) +
-                        (p.v_fits ? 0 : BLOCK * p.heads_chunk * p.ldv),
+                        (p.v_fits ? 0 : BLOCK * p.heads_chunk * p.ldv) +
+                        UNIT / 2 * max64(p.ldq, p.ldv),
                     16);
   }
 };

@@ -13,6 +13,12 @@
 #else
 #define GP_IN_REGISTER(x) (void)0
 #endif
+// By name: GCC drops calls of a function that does nothing but __builtin_prefetch.
+#if defined(__AVX2__)
+#define GP_PREFETCH(p) asm volatile("prefetcht1 %0" : : "m"(*(p)))
+#else
+#define GP_PREFETCH(p) __builtin_prefetch((p), 0, 2)
+#endif
 // What `pointer` leads to is read where it is used: as many values as registers do not hold.
 #define GP_IN_MEMORY(pointer) asm("" : "+r"(pointer))
 
@@ -29,6 +35,9 @@ static inline void add_product(vf& acc, vf a, vf b) {
 }
 
 constexpr int STEP = 2 * VL;
+// A function of its own: within another, GCC runs out of registers and doubles its time.
+#define GP_TILE __attribute__((noinline)) static
+
 // Vectors that a tile keeps in registers: sums of rows times keys, or weights of rows times keys.
 constexpr int TILE = VL == 16 ? 16 : 8;
 // Keys of a tile of RT rows. Where an element takes one instruction, there are registers for a third.
@@ -42,14 +51,12 @@ static inline float e4m3_to_float(uint8_t b) {
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 20) * 0x1p120f));
 }
 
-// half<H>(p): the first (H = 0) or second vector of the STEP elements at p, divided by `unit`; both(p)
-// gives the two of them.
+// half<H>(p): the first (H = 0) or second vector of the STEP elements at p; both(p) gives the two.
 template <DType T>
 struct Element;
 
 template <DType T>
 struct NaturalOrder {
-  static constexpr float unit = 1.0f;
   static constexpr int lane(int i) { return i; }
   static inline void both(const char* p, vf& x0, vf& x1) {
     x0 = Element<T>::template half<0>(p), x1 = Element<T>::template half<1>(p);
@@ -71,7 +78,6 @@ alignas(32) constexpr uint32_t ODD_BF16[8] = {0xffff0000u, 0xffff0000u, 0xffff00
 template <>
 struct Element<DType::bf16> {
   static constexpr int bytes = 2;
-  static constexpr float unit = 1.0f;
   // Even elements, then odd ones: a shift and a mask, and no shuffle.
   template <int H>
   static inline vf half(const char* p) {
@@ -129,60 +135,15 @@ struct Element<DType::i8> : NaturalOrder<DType::i8> {
   }
 };
 
-template <>
-struct Element<DType::f8e4m3fn> : NaturalOrder<DType::f8e4m3fn> {
-  static constexpr int bytes = 1;
-  // Read as fp16, whose exponent is one bit longer and whose bias is 15, not 7; subnormals too. The
-  // codes of NaN, 0x7f and 0xff, come out as +-480 / 256: what reads them sets them to NaN.
-  static constexpr float unit = VL > 1 ? 256.0f : 1.0f;
-#if defined(__AVX512F__)
-  static inline void both(const char* p, vf& x0, vf& x1) {
-    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m512i h = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(b), 7),
-                                       _mm512_set1_epi16(int16_t(0xbf80)));
-    x0 = {_mm512_cvtph_ps(_mm512_castsi512_si256(h))};
-    x1 = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1))};
-  }
-#elif defined(__AVX2__)
-  static inline void both(const char* p, vf& x0, vf& x1) {
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const __m256i h = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(b), 7),
-                                       _mm256_set1_epi16(int16_t(0xbf80)));
-    x0 = {_mm256_cvtph_ps(_mm256_castsi256_si128(h))};
-    x1 = {_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
-  }
-#endif
-  template <int H>
-  static inline vf half(const char* p) {
-#if defined(__AVX2__)
-    vf x[2];
-    both(p, x[0], x[1]);
-    return x[H];
-#else
-    return {e4m3_to_float(uint8_t(p[H]))};
-#endif
-  }
-};
-
-// Whether there is a NaN among n codes of f8e4m3fn, a multiple of 16.
-static inline bool has_nan_code(const char* p, int64_t n) {
-#if defined(__AVX2__)
-  // The largest of the codes doubled, which drops the sign.
-  const auto most = [](__m256i top, __m256i b) {
-    return _mm256_max_epu8(top, _mm256_add_epi8(b, b));
-  };
-  __m256i top = _mm256_setzero_si256();
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32)
-    top = most(top, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)));
-  if (i < n)
-    top = most(top, _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
-  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(top, _mm256_set1_epi8(int8_t(0xfe)))) != 0;
-#else
-  for (int64_t i = 0; i < n; ++i)
-    if ((p[i] & 0x7f) == 0x7f) return true;
-  return false;
-#endif
+// The lines that begin in the STEP elements at `at`, of n keys that lie `ahead` after these.
+template <int BYTES>
+static inline void fetch_ahead(const char* const* keys, int n, int64_t ahead, int64_t at, int64_t d) {
+  constexpr int64_t LINE = 64 / BYTES;
+  if (d % LINE != 0) return;
+  const char* const* next = keys + ahead;
+  GP_IN_MEMORY(next);
+  for (int k = 0; k < n; ++k)
+    for (int64_t e = 0; e < STEP; e += LINE) GP_PREFETCH(next[k] + at + (d + e) * BYTES);
 }
 
 // n floats, a multiple of STEP, into the order of the lanes of T, and back.
@@ -253,55 +214,48 @@ static inline void store_scores(const vf* acc, float* out, int64_t ld) {
 template <DType T, int RT, int KT>
 static inline void score_step(const char* const* keys, int64_t at, const float* q, int64_t ldq,
                               vf* acc) {
-  vf x[2][KT];
-  // Both halves of every key at once where a key's come together, else one after the other.
-  constexpr bool TOGETHER = T == DType::f8e4m3fn;
-#pragma GCC unroll 16
-  for (int k = 0; TOGETHER && k < KT; ++k) Element<T>::both(keys[k] + at, x[0][k], x[1][k]);
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
+    vf x[KT];
 #pragma GCC unroll 16
-    for (int k = 0; !TOGETHER && k < KT; ++k)
-      x[h][k] = h ? Element<T>::template half<1>(keys[k] + at)
-                  : Element<T>::template half<0>(keys[k] + at);
+    for (int k = 0; k < KT; ++k)
+      x[k] = h ? Element<T>::template half<1>(keys[k] + at)
+               : Element<T>::template half<0>(keys[k] + at);
 #pragma GCC unroll 4
     for (int r = 0; r < RT; ++r) {
       const vf y = v_load(q + r * ldq + h * VL);
 #pragma GCC unroll 16
-      for (int k = 0; k < KT; ++k) add_product(acc[r * KT + k], x[h][k], y);
+      for (int k = 0; k < KT; ++k) add_product(acc[r * KT + k], x[k], y);
     }
   }
 }
 
 template <DType T, int RT, int KT>
-static inline void score_run(const char* const* keys, int64_t at, const float* q, int64_t ldq,
-                             int64_t dim, float* out, int64_t ld) {
+static inline void score_run(const char* const* keys, int64_t ahead, int64_t at, const float* q,
+                             int64_t ldq, int64_t dim, float* out, int64_t ld) {
   vf acc[RT * KT];
 #pragma GCC unroll 16
   for (int i = 0; i < RT * KT; ++i) acc[i] = v_zero();
-  for (int64_t d = 0; d < dim; d += STEP)
+  for (int64_t d = 0; d < dim; d += STEP) {
+    fetch_ahead<Element<T>::bytes>(keys, KT, ahead, at, d);
     score_step<T, RT, KT>(keys, at + d * Element<T>::bytes, q + d, ldq, acc);
+  }
   store_scores<RT, KT>(acc, out, ld);
 }
 
-// out[k * ld + r] = q row r . key k, for RT rows and KEYS keys; dim is a multiple of STEP.
+// out[k * ld + r] = q row r . key k, for RT rows and KEYS keys; dim is a multiple of STEP. The rows of
+// the keys that lie `ahead` after them are fetched meanwhile.
 template <DType T, int RT>
-static inline void score_tile(const char* const* keys, int64_t at, const float* q, int64_t ldq,
-                              int64_t dim, float* out, int64_t ld) {
+GP_TILE void score_tile(const char* const* keys, int64_t ahead, int64_t at, const float* q, int64_t ldq,
+                        int64_t dim, float* out, int64_t ld) {
   constexpr int KT = KEYS<T, RT>;
-  if (VL > 1) {
-    score_run<T, RT, KT>(keys, at, q, ldq, dim, out, ld);
-    for (int k = 0; T == DType::f8e4m3fn && k < KT; ++k)
-      for (int r = 0; has_nan_code(keys[k] + at, dim) && r < RT; ++r)
-        out[k * ld + r] = __builtin_nanf("");
-    return;
-  }
+  if (VL > 1) return score_run<T, RT, KT>(keys, ahead, at, q, ldq, dim, out, ld);
   // Lanes break up long sums; scalar code needs sums of sums to lose as little to rounding.
   constexpr int64_t RUN = 32;
   float more[RT * KT];
   for (int64_t d = 0; d < dim; d += RUN) {
-    score_run<T, RT, KT>(keys, at + d * Element<T>::bytes, q + d, ldq, dim - d < RUN ? dim - d : RUN,
-                         more, RT);
+    score_run<T, RT, KT>(keys, ahead, at + d * Element<T>::bytes, q + d, ldq,
+                         dim - d < RUN ? dim - d : RUN, more, RT);
     for (int i = 0; i < RT * KT; ++i) {
       float& to = out[i / RT * ld + i % RT];
       to = d == 0 ? more[i] : to + more[i];
@@ -316,8 +270,8 @@ constexpr int VALUE_KEYS = 8;
 // of STEP. Sums stay in registers over the keys, weights are broadcast from memory: a load each, where
 // a sum read and written back for every two keys cost as many cycles as the multiply-adds.
 template <DType T, int RT>
-static inline void value_tile(const char* const* values, int64_t at, const float* p, int64_t ldp,
-                              float* sums, int64_t ld, int64_t dim) {
+GP_TILE void value_tile(const char* const* values, int64_t ahead, int64_t at, const float* p,
+                        int64_t ldp, float* sums, int64_t ld, int64_t dim) {
   alignas(64) float weight[VALUE_KEYS * RT];
   const char* row[VALUE_KEYS];
 #pragma GCC unroll 16
@@ -327,6 +281,7 @@ static inline void value_tile(const char* const* values, int64_t at, const float
     for (int r = 0; r < RT; ++r) weight[k * RT + r] = p[k * ldp + r];
   }
   for (int64_t c = 0; c < dim; c += STEP) {
+    fetch_ahead<Element<T>::bytes>(values, VALUE_KEYS, ahead, at, c);
     const float* w = weight;
     GP_IN_MEMORY(w);
     vf acc[2 * RT];
@@ -347,10 +302,6 @@ static inline void value_tile(const char* const* values, int64_t at, const float
 #pragma GCC unroll 8
     for (int i = 0; i < 2 * RT; ++i) v_store(sums + i / 2 * ld + c + i % 2 * VL, acc[i]);
   }
-  for (int k = 0; T == DType::f8e4m3fn && VL > 1 && k < VALUE_KEYS; ++k)
-    for (int64_t c = 0; has_nan_code(row[k], dim) && c < dim; ++c)
-      for (int r = 0; (row[k][c] & 0x7f) == 0x7f && r < RT; ++r)
-        sums[r * ld + c] = __builtin_nanf("");
 }
 
 }  // namespace GP_ISA
