@@ -8,7 +8,7 @@ from .._checks import check_choice, fail
 from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
 from ..ops.quantize.grid import GroupGrid, IntGrid, Tables
-from .hessian import Factor, factorize, relative_error
+from .hessian import Factor, factorize, swept_error
 from .sparsegpt import check_weight
 from .sweep import sweep
 
@@ -131,19 +131,20 @@ def solve(
     importance = root.diagonal() ** 2
     if order is None:
         grid.fit(dense, importance)
-        new, _ = sweep(dense, root, block_size=block_size, zero=zero, grid=grid, overwrite=True)
+        new, _, cost = sweep(dense, root, block_size=block_size, zero=zero, grid=grid,
+                             overwrite=True)  # fmt: skip
     else:
         back = order.argsort()
         grid.fit(dense, importance[back])
         visited = None if zero is None else zero[:, order]
         dense = dense[:, order]
-        new, _ = sweep(dense, root, block_size=block_size, zero=visited,
-                       grid=_Permuted(grid, order), overwrite=True)  # fmt: skip
+        new, _, cost = sweep(dense, root, block_size=block_size, zero=visited,
+                             grid=_Permuted(grid, order), overwrite=True)  # fmt: skip
         del dense
         new = new[:, back]
     dtype = weight.dtype if weight.dtype in FLOATS else torch.float32
     qweight = grid.pack(new, dtype)
-    error = relative_error(weight, new, hessian)
+    error = swept_error(weight, new, hessian, factor, cost)
     del new
     return QuantizedResult(qweight, stands_for(qweight), error)
 

@@ -253,6 +253,33 @@ def relative_error(
     return lost / total if total > 0 else 0.0
 
 
+def swept_error(
+    before: torch.Tensor, after: torch.Tensor, hessian: torch.Tensor, factor: Factor, cost: float
+) -> float:
+    """`relative_error` of what a sweep changed, from the `cost` that it summed up: without the
+    share of the damping that is what the outputs lost, and only the whole is multiplied out.
+
+    Args:
+        before, after: (rows, columns).
+        factor: the Hessian's, that the sweep went by.
+    """
+    diagonal = hessian.diagonal().to(factor.root.dtype, copy=True)
+    diagonal[factor.dead] = 1
+    damping = (factor.damp_frac * diagonal.mean()).expand(len(diagonal)) + factor.dead.to(diagonal)
+    changed, total = torch.zeros_like(diagonal, dtype=torch.float64), 0.0
+    hessian = hessian.to(diagonal)
+    with full_precision():
+        for start in range(0, len(before), _PANEL):
+            part = before[start : start + _PANEL].to(diagonal)
+            total += _energy(part, hessian)
+            change = part - after[start : start + _PANEL].to(diagonal)
+            changed += change.square_().sum(0, dtype=torch.float64)
+    lost = cost - float(changed @ damping.double())
+    if lost < 1e-3 * cost:  # the rest of a difference this small would be rounding
+        return relative_error(before, after, hessian)
+    return lost / total if total > 0 else 0.0
+
+
 def _norm(rows: torch.Tensor) -> float:
     return float(rows.square().sum(dtype=torch.float64))
 

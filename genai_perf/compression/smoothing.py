@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .._errors import CheckpointError
+from .capture import Layer
 from .experts import Expert
 from .hessian import Hessian, full_precision
 from .layer import compress
@@ -29,13 +29,15 @@ class Group:
 
     Attributes:
         source: its name, for notes.
-        layers: full name -> linear layer.
+        layers: full name -> layer.
+        routers: full name -> what reads the same input and is not quantized.
         divide: divides the input's channels by (channels,) numbers, in the weights of the source;
             returns the numbers as the stored dtype of those left them.
     """
 
     source: str
-    layers: dict[str, nn.Module]
+    layers: dict[str, Layer]
+    routers: dict[str, nn.Module]
     divide: Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -43,12 +45,9 @@ def groups(model, i: int, probe: Probe, *, linears: bool) -> Iterator[Group]:
     """The groups of block i, loaded; with `linears`, also those fed by linear layers: down_proj by
     up_proj, and o_proj by v_proj where it has as many heads."""
     found = model.linears(i)
-    if any(isinstance(layer, Expert) for layer in found.values()):
-        prefix = model.blocks[i][0]
-        raise CheckpointError(f"{prefix}: channels of stacked experts cannot be scaled")
     for norm in norms(model, i, probe):
         dtype = model.stored_dtype(f"{norm.name}.weight")
-        yield Group(norm.name, norm.readers, partial(_divide_norm, norm, dtype))
+        yield Group(norm.name, norm.readers, norm.routers, partial(_divide_norm, norm, dtype))
     for feeds, fed in _PAIRS if linears else ():
         for name, layer in found.items():
             parent, _, leaf = name.rpartition(".")
@@ -57,7 +56,7 @@ def groups(model, i: int, probe: Probe, *, linears: bool) -> Iterator[Group]:
                 continue
             if len(model.get_weight(source)) == model.get_weight(layer).shape[1]:
                 divide = partial(_divide_linear, model, source)
-                yield Group(f"{parent}.{feeds}", {name: layer}, divide)
+                yield Group(f"{parent}.{feeds}", {name: layer}, {}, divide)
 
 
 def _divide_norm(norm: Norm, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
@@ -99,24 +98,40 @@ def smooth(
     before = run(model, i, probe)
     for group in groups(model, i, probe, linears=isinstance(step, AWQ)):
         weights = {name: model.get_weight(layer) for name, layer in group.layers.items()}
-        hessian = hessians.get(next(iter(weights)))
-        if hessian is None or any(hessians.get(name) is not hessian for name in weights):
+        inputs = _inputs(group, hessians)
+        if not inputs:
             notes.append(f"{group.source}: not scaled: its layers were not calibrated together")
             continue
         if isinstance(step, SmoothQuant):
-            scale = smoothquant_scale(hessian.peak, weights.values(), step.alpha)
+            peak = torch.stack([hessian.peak for hessian in inputs]).amax(0)
+            scale = smoothquant_scale(peak, weights.values(), step.alpha)
         elif any(recipe.skips(name) or not recipe.for_layer(name).quantizer for name in weights):
             notes.append(f"{group.source}: not scaled: a layer that it feeds is not quantized")
             continue
         else:
             quantizer = recipe.for_layer(next(iter(weights))).quantizer
-            scale = awq_scale(hessian.matrix(), weights.values(), quantizer, step.steps)
+            tokens = sum(hessian.tokens for hessian in inputs)
+            matrix = sum(hessian.matrix() * (hessian.tokens / tokens) for hessian in inputs)
+            scale = awq_scale(matrix, weights.values(), quantizer, step.steps)
         scale = group.divide(scale)
         for name, layer in group.layers.items():
             model.set_weight(layer, weights[name] * scale)
-        hessian.rescale(scale)
+        for router in group.routers.values():
+            model.set_weight(router, model.get_weight(router) * scale)
+        for hessian in inputs:
+            hessian.rescale(scale)
     check_same(prefix, step.method, before, run(model, i, probe))
     return tuple(notes)
+
+
+def _inputs(group: Group, hessians: Mapping[str, Hessian]) -> list[Hessian]:
+    """The Hessians of a group's layers, each once: one, but for experts, each of which is given
+    some of the tokens, or none. Empty where layers of one input were not calibrated together."""
+    alone = [hessians.get(name) for name, layer in group.layers.items()
+             if not isinstance(layer, Expert)]  # fmt: skip
+    if alone and (alone[0] is None or any(one is not alone[0] for one in alone)):
+        return []
+    return list(dict.fromkeys(hessians[name] for name in group.layers if name in hessians))
 
 
 def smoothquant_scale(peak: torch.Tensor, weights, alpha: float) -> torch.Tensor:

@@ -114,14 +114,14 @@ def solve(
     if joint:
         joint.fit(dense, root.diagonal() ** 2)
     zero = dense == 0
-    new, pruned = sweep(dense, root, block_size=block_size, sparsity=wanted, zero=zero,
+    new, pruned, _ = sweep(dense, root, block_size=block_size, sparsity=wanted, zero=zero,
                         grid=joint)  # fmt: skip
     if refine:
         damped, _ = damp(hessian, factor.damp_frac, name=name)
         new, pruned = _refine(dense, new, pruned, damped, wanted, zero, search, block_size)
         if quantizer:
             quantizer.fit(new, root.diagonal() ** 2)
-            new, _ = sweep(new, root, block_size=block_size, zero=pruned, grid=quantizer)
+            new, *_ = sweep(new, root, block_size=block_size, zero=pruned, grid=quantizer)
     new = new.to(weight.dtype)
     if not all_finite(new):
         raise CalibrationError(f"{name}: the update left the range of {weight.dtype}; "

@@ -1,4 +1,4 @@
-"""Which linear layers of a block read which normalization: found by running it, not by names."""
+"""Which layers of a block read which normalization: found by running it, not by names."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from torch import nn
 
 from .._errors import CheckpointError
 from .capture import Layer, watched
+from .experts import Expert
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,21 @@ class Probe:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalization and the linear layers that are given its output as it is.
+    """A normalization and the layers that are given its output as it is.
 
     Attributes:
         name: full name of the module.
         module: RMSNorm of any family, or nn.LayerNorm.
-        readers: full name -> linear layer.
+        readers: full name -> linear layer; where it feeds a mixture, also the experts' matrices
+            that take hidden states.
+        routers: full name -> module whose weight, (outputs, hidden size), reads it too and is no
+            linear layer.
     """
 
     name: str
     module: nn.Module
-    readers: dict[str, nn.Module]
+    readers: dict[str, Layer]
+    routers: dict[str, nn.Module]
 
     @property
     def gain(self) -> torch.Tensor:
@@ -69,7 +74,7 @@ def norms(model, i: int, probe: Probe) -> list[Norm]:
         def after(_module, _args, output):
             held.append(output)
             outputs[output.data_ptr()] = name
-            found[name] = Norm(name, module, {})
+            found[name] = Norm(name, module, {}, {})
 
         return after
 
@@ -78,9 +83,20 @@ def norms(model, i: int, probe: Probe) -> list[Norm]:
         if norm is not None and x.numel() == probe.hidden.numel():
             found[norm].readers[name] = linears[name]
 
+    def enters(mixture: str) -> Callable:
+        def before(_module, args):
+            norm = found.get(outputs.get(args[0].data_ptr(), ""))
+            if norm is not None:
+                _add_mixture(norm, block, prefix, mixture, linears)
+
+        return before
+
+    around = {name[len(prefix) + 1 :].rpartition(".experts.")[0] for name, layer in linears.items()
+              if isinstance(layer, Expert)}  # fmt: skip
     handles = [module.register_forward_hook(record(f"{prefix}.{name}", module))
                for name, module in block.named_modules()
                if is_rms_norm(module) or type(module) is nn.LayerNorm]  # fmt: skip
+    handles += [block.get_submodule(m).register_forward_pre_hook(enters(m)) for m in around]
     try:
         with watched(linears, seen):
             run(model, i, probe)
@@ -88,6 +104,22 @@ def norms(model, i: int, probe: Probe) -> list[Norm]:
         for handle in handles:
             handle.remove()
     return [norm for norm in found.values() if norm.readers]
+
+
+def _add_mixture(
+    norm: Norm, block: nn.Module, prefix: str, mixture: str, linears: dict[str, Layer]
+) -> None:
+    """The experts of a mixture that a normalization feeds, and what chooses among them."""
+    inside, size = f"{prefix}.{mixture}.", norm.module.weight.shape[0]
+    for name, layer in linears.items():
+        first = isinstance(layer, Expert) and layer.stack.parameter != "down_proj"
+        if name.startswith(inside) and first and layer.weight.shape[1] == size:
+            norm.readers[name] = layer
+    for name, module in block.get_submodule(mixture).named_modules():
+        weight = module._parameters.get("weight")
+        known = f"{inside}{name}" in linears or weight is None or weight.dim() != 2
+        if not known and weight.shape[1] == size:
+            norm.routers[f"{inside}{name}"] = module
 
 
 def run(model, i: int, probe: Probe, hidden: torch.Tensor | None = None) -> torch.Tensor:

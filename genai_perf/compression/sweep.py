@@ -57,7 +57,7 @@ def sweep(
     zero: torch.Tensor | None = None,
     grid: Grid | None = None,
     overwrite: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Prunes and rounds columns left to right, each error spread over the columns to its right.
 
     For column j with d = U[j, j], U^T U = H^-1: q = round(mask * w_j), e = (w_j - q) / d,
@@ -78,7 +78,8 @@ def sweep(
         overwrite: weight may be written to, which saves a copy of its size.
 
     Returns:
-        (weight, pruned): (rows, columns) each, new tensors; pruned is bool.
+        (weight, pruned, cost): (rows, columns) each, new tensors, pruned is bool; and the sum of
+        all e^2, which is tr(C H C^T): ||C X||^2 over the calibration inputs and the damping.
     """
     step = _step(weight, root, block_size, sparsity, grid)
     new = weight.new_empty(weight.shape)
@@ -86,6 +87,7 @@ def sweep(
     pruned = weight.new_zeros(weight.shape, dtype=torch.bool)
     if zero is not None:
         pruned |= zero
+    cost = torch.zeros((), dtype=torch.float64, device=weight.device)
     for first in range(0, weight.shape[1], block_size):
         here = slice(first, first + block_size)
         block, before = new[:, here], changes[:, here]
@@ -93,9 +95,13 @@ def sweep(
         with full_precision():
             carried = factor.T @ root[here, :first]
             torch.addmm(before, changes[:, :first], carried.T, out=block)
+        begun = block.clone()
         step(block, pruned[:, here], factor, first)
+        with full_precision():
+            errors = begun.sub_(block) @ root[here, here].T
+        cost += errors.square_().sum(dtype=torch.float64)
         before -= block
-    return new, pruned
+    return new, pruned, float(cost)
 
 
 def _inverse(lower: torch.Tensor) -> torch.Tensor:

@@ -191,3 +191,17 @@ def test_bad_arguments(arguments, words):
     weight, hessian = layer(rows=4, columns=16)
     with pytest.raises(ValueError, match=words):
         gptq.solve(weight, hessian, **arguments)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("dead, rank", [(0, 96), (5, 96), (0, 24)])
+def test_the_error_is_that_of_the_outputs(act_order, dead, rank):
+    """The sweep's own sum against || (W - Q) X ||^2 in float64, also where the inputs leave most
+    of the damped Hessian to the damping."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 96), torch.randn(400, rank) @ torch.randn(rank, 96)
+    x[:, :dead] = 0
+    result = gptq.solve(weight, x.T @ x, group_size=32, act_order=act_order)
+    x, weight = x.double(), weight.double()
+    want = ((weight - result.weight) @ x.T).square().sum() / (weight @ x.T).square().sum()
+    assert result.error == pytest.approx(float(want), rel=1e-3)

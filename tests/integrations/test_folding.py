@@ -1,10 +1,12 @@
 """Rotations and scales folded into weights: the model stays the same, and rounds better."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import genai_perf as gp
@@ -64,16 +66,22 @@ def test_models_that_do_not_turn_are_refused(saved, tmp_path, family, words):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "gemma", "gpt-neox"])
+MIXTURES = ["mixtral", "qwen3-moe", "gpt-oss", "llama4"]  # in bf16, rounding may route otherwise
+
+
+@pytest.mark.parametrize("dtype, family", [
+    *((d, f) for d in (torch.float32, torch.bfloat16)
+      for f in ("llama", "qwen2", "gpt2", "opt", "gemma", "gpt-neox")),
+    *((torch.float32, f) for f in MIXTURES),
+])  # fmt: skip
 @pytest.mark.parametrize("step", [SmoothQuant(alpha=0.7), AWQ(steps=4)], ids=["smooth", "awq"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scaled_channels_give_the_same_outputs(saved, family, step, dtype):
     model = CheckpointModel(saved(family, dtype), dtype=torch.float32)
     recipe = Recipe((step, RTN("nf4" if family == "gpt2" else "int4", group_size=64)))
     folds, inputs = Folds(model, recipe), model.block_inputs([IDS])
     model.load_block(0)
     before = model.forward_block(0, inputs.hidden[0], inputs.kwargs[0][0])
-    old = model.block_tensors(0)
+    old = {name: tensor.clone() for name, tensor in model.block_tensors(0).items()}
     with inputs_of(model.linears(0)) as hessians:
         model.forward_block(0, inputs.hidden[0], inputs.kwargs[0][0])
     folds.after_calibration(0, recipe, hessians)
@@ -85,6 +93,9 @@ def test_scaled_channels_give_the_same_outputs(saved, family, step, dtype):
     changed = {name for name, tensor in model.block_tensors(0).items()
                if not torch.equal(tensor, old[name])}  # fmt: skip
     assert any("norm" in name or "ln_" in name for name in changed)
+    if family in MIXTURES:  # what feeds the mixture, its router and every expert
+        parts = ("post_attention_layernorm", "gate.weight|router.weight", "gate_up_proj$")
+        assert all(any(re.search(part, name) for name in changed) for part in parts)
     for name, hessian in hessians.items():  # changed with the inputs, not collected again
         wanted = again[name].matrix()
         close = {"rtol": 1e-3 if dtype is torch.float32 else 0.1,
@@ -120,6 +131,26 @@ def test_folded_runs_resume_to_the_same_bytes(saved, tmp_path):
     whole, broken = (load_file(tmp_path / name / "model.safetensors")
                      for name in ("whole", "broken"))  # fmt: skip
     assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_smoothed_mixtures_load(saved, tmp_path, family):
+    """The router takes back what its normalization lost, and is written so."""
+    report = gp.compress(saved(family), tmp_path / "out", "smoothquant+w8a8", calibration=IDS)
+    assert not [note for note in report.notes if "not scaled" in note]
+    plain = gp.compress(saved(family), tmp_path / "plain", "w8a8", calibration=IDS)
+    assert (
+        {layer.format for layer in report.layers}
+        == {"int8"}
+        == {layer.format for layer in plain.layers}
+    )
+    got, was = (load_file(folder / "model.safetensors") for folder in
+                (tmp_path / "out", saved(family)))  # fmt: skip
+    router = next(name for name in was if re.search(r"layers.0.*(gate|router).weight$", name))
+    assert router in got and not torch.equal(got[router], was[router])
+    ours = gp.load_compressed(tmp_path / "out")(IDS).logits
+    want = transformers.AutoModelForCausalLM.from_pretrained(saved(family)).eval()(IDS).logits
+    assert (ours - want).norm() < 0.05 * want.norm()
 
 
 def test_w8a8_says_so_to_servers(saved, tmp_path):

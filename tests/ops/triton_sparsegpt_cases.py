@@ -33,11 +33,11 @@ def test_agrees_with_the_torch_sweep(setting, rows, columns, monkeypatch):
         amount = (None, setting) if ":" in setting else (float(setting), None)
         sparsity = masks.parse("test", *amount)
     block_size = 24  # two whole blocks and a rest
-    want, pruned = sweep.sweep(weight.double(), root.double(), block_size=block_size,
+    want, pruned, _ = sweep.sweep(weight.double(), root.double(), block_size=block_size,
                                sparsity=sparsity, zero=zero)  # fmt: skip
     monkeypatch.setattr(sweep.native, "why_not", lambda *tensors: "as on a GPU")
     monkeypatch.setattr(sweep, "_torch_step", None)
-    got, chosen = sweep.sweep(weight.to(DEVICE), root.to(DEVICE), block_size=block_size,
+    got, chosen, _ = sweep.sweep(weight.to(DEVICE), root.to(DEVICE), block_size=block_size,
                               sparsity=sparsity, zero=zero.to(DEVICE))  # fmt: skip
     assert torch.equal(chosen.cpu(), pruned)
     torch.testing.assert_close(got.cpu(), want.float(), rtol=2e-4, atol=2e-5)
