@@ -14,7 +14,8 @@ cudaError_t launch(const uint8_t* q, const Scales& scales, int64_t n, int block_
   if (error != cudaSuccess) return error;
   const int64_t needed = (n + kWarps * kWarpElements - 1) / (kWarps * kWarpElements);
   const int64_t resident = int64_t(processors) * 8;  // 2048 threads on each
-  const bool aligned = (reinterpret_cast<uintptr_t>(q) | reinterpret_cast<uintptr_t>(out)) % 16 == 0;
+  const uintptr_t places = reinterpret_cast<uintptr_t>(q) | reinterpret_cast<uintptr_t>(out);
+  const bool aligned = places % 16 == 0;
   GP_LAUNCH(nf4_dequantize_kernel<Out>, unsigned(needed < resident ? needed : resident),
             32 * kWarps, stream, q, scales, n, block_shift, static_cast<Out*>(out), aligned);
   return cudaGetLastError();
@@ -22,8 +23,8 @@ cudaError_t launch(const uint8_t* q, const Scales& scales, int64_t n, int block_
 
 }  // namespace
 
-// All pointers are device memory, and trusted. block is a power of two of at least 32; nested, offset
-// and map are null without double quantization. Returns a cudaError_t.
+// All pointers are device memory, and trusted. block is a power of two of at least 32; nested,
+// offset and map are null without double quantization. Returns a cudaError_t.
 GP_EXPORT int gp_cuda_nf4_dequantize(const uint8_t* q, const void* scale, const float* nested,
                                      const float* offset, const float* map, int64_t n,
                                      int64_t block, void* out, int dtype, int device,

@@ -1,7 +1,7 @@
 // Quantized weights as quant_matmul.cuh reads them: 16 bytes of codes to floats, exactly.
 //
-// A code becomes a float by being put into the last bits of the significand of 2^e, from which 2^e is
-// subtracted again: one bit operation and one addition, where a conversion takes a slower unit.
+// A code becomes a float by being put into the last bits of the significand of 2^e, from which 2^e
+// is subtracted again: one bit operation and one addition, where a conversion takes a slower unit.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -24,6 +24,18 @@ struct Weight {
   int64_t n, k, row_bytes, stride, group;
   int row_shift, group_shift;  // group = 1 << group_shift, where a wide kernel runs
 };
+
+// The bits of a scale that is no code of the dynamic map, as read; a float of them when it is used.
+__device__ uint32_t raw_scale(const Weight& w, int64_t at) {
+  if (w.scale_dtype == gp::DType::f32)
+    return __ldg(static_cast<const uint32_t*>(w.scales.scale) + at);
+  return __ldg(static_cast<const uint16_t*>(w.scales.scale) + at);
+}
+__device__ float float_scale(const Weight& w, uint32_t raw) {
+  if (w.scale_dtype == gp::DType::f32) return __uint_as_float(raw);
+  return w.scale_dtype == gp::DType::bf16 ? __uint_as_float(raw << 16)
+                                          : __half2float(__ushort_as_half(uint16_t(raw)));
+}
 
 // (word & mask) | bits by one instruction: left alone, ptxas makes two of them.
 __device__ uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
@@ -61,8 +73,8 @@ struct Book4 {
   static constexpr bool kBook = true, kZeroPoints = false;
   static __device__ void decode(const uint32_t (&q)[4], int i, float, float value,
                                 float (&out)[4]) {
-    // The even element is the high nibble. A shuffle looks at 5 bits, of which the book needs 4: lanes
-    // 16 apart bring the same value.
+    // The even element is the high nibble. A shuffle looks at 5 bits, of which the book needs 4:
+    // lanes 16 apart bring the same value.
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       out[j] = __shfl_sync(0xffffffffu, value, q[i / 2] >> (16 * (i % 2) + 4 * (j ^ 1)));
@@ -81,8 +93,8 @@ struct Int8 {
   }
 };
 
-// fp8 codes moved to the places of float32's fields, whose larger bias a product takes away; that is
-// exact for subnormals too. Codes that are not finite are put right afterwards.
+// fp8 codes moved to the places of float32's fields, whose larger bias a product takes away; that
+// is exact for subnormals too. Codes that are not finite are put right afterwards.
 template <bool kE5m2>
 struct Fp8 {
   static constexpr int kColumns = 16;

@@ -2,6 +2,7 @@
 #include "cuda/quant_matmul.cuh"
 
 #include "cuda/launch.h"
+#include "cuda/quant_mma.cuh"
 
 namespace {
 
@@ -29,10 +30,23 @@ void launch(const Linear& a, const Weight& w, bool wide, cudaStream_t stream) {
   }
 }
 
+template <bool kZeros>
+void launch_int4(const Linear& a, const Weight& w, bool wide, cudaStream_t stream) {
+  const unsigned blocks = unsigned(ceil_div(w.n, kMmaRows));
+  const bool steps = wide && w.k % kMmaColumns == 0 && w.group % kMmaColumns == 0;
+  if (!steps || a.dtype == gp::DType::f32) {
+    launch<Int4<kZeros>>(a, w, wide, stream);
+  } else if (a.dtype == gp::DType::bf16) {
+    GP_LAUNCH((quant_mma_kernel<Bf16, kZeros>), blocks, kMmaThreads, stream, a, w);
+  } else {
+    GP_LAUNCH((quant_mma_kernel<F16, kZeros>), blocks, kMmaThreads, stream, a, w);
+  }
+}
+
 }  // namespace
 
-// y (m, n) = x (m, k) W^T + bias. All pointers are device memory, and trusted; q and x must begin at
-// multiples of 16 bytes.
+// y (m, n) = x (m, k) W^T + bias. All pointers are device memory, and trusted; q and x must begin
+// at multiples of 16 bytes.
 //   m: 1 to 8, n and k: at least 1. dtype: of x and y; bias may be null.
 //   scale: of scale_dtype, or uint8 codes where nested, offset and map are not null.
 //   group: columns that share a scale; with a code book, elements of the whole tensor.
@@ -55,8 +69,8 @@ GP_EXPORT int gp_cuda_quant_matmul(int format, int64_t n, int64_t k, const uint8
   if (!book && group >= k) group = kAll;
   if (block_rows >= n) block_rows = kAll;
   const Linear a{x, bias, y, m, gp::DType(dtype), gp::DType(bias_dtype)};
-  Weight w{WeightFormat(format), q, {scale, nested, offset, map}, gp::DType(scale_dtype), zero, n, k,
-           0, stride, group, 0, 0};
+  Weight w{WeightFormat(format), q, {scale, nested, offset, map}, gp::DType(scale_dtype),
+           zero, n, k, 0, stride, group, 0, 0};
   w.row_bytes = book ? k / 2 : w.format == WeightFormat::int4 ? (k + 1) / 2 : k;
   while ((int64_t(1) << w.row_shift) < block_rows) ++w.row_shift;
   while ((int64_t(1) << w.group_shift) < group) ++w.group_shift;
@@ -69,7 +83,7 @@ GP_EXPORT int gp_cuda_quant_matmul(int format, int64_t n, int64_t k, const uint8
     case WeightFormat::nf4:
     case WeightFormat::fp4: launch<Book4>(a, w, wide, s); break;
     case WeightFormat::int4:
-      zero == nullptr ? launch<Int4<false>>(a, w, wide, s) : launch<Int4<true>>(a, w, wide, s);
+      zero == nullptr ? launch_int4<false>(a, w, wide, s) : launch_int4<true>(a, w, wide, s);
       break;
     default: return cudaErrorInvalidValue;
   }

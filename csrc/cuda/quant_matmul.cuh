@@ -1,10 +1,11 @@
 // y = x W^T + bias for up to 8 rows of x, W quantized: as fast as its bytes come.
 //
-// A warp owns four rows of W. It reads 512 bytes of each at a time, 16 a lane, and asks for the next
-// ones before it uses these. x lies in shared memory as float32, a slab of columns at a time, in an
-// order in which the 16-byte reads of a warp meet each bank once. Products and sums are float32: the
-// 16 or 32 columns of a lane are summed, the sum is scaled and added to that of the lanes' other
-// columns, and the 32 lanes are added pairwise at the end. No sum depends on the number of rows.
+// A warp owns four rows of W. It reads 512 bytes of each at a time, 16 a lane, and asks for the
+// next ones before it uses these. x lies in shared memory as float32, a slab of columns at a time,
+// in an order in which the 16-byte reads of a warp meet each bank once. Products and sums are
+// float32: the 16 or 32 columns of a lane are summed, the sum is scaled and added to that of the
+// lanes' other columns, and the 32 lanes are added pairwise at the end. No sum depends on the
+// number of rows.
 #pragma once
 
 #include "cuda/quant_formats.cuh"
@@ -31,7 +32,7 @@ template <int M>
 struct Plan {
   static constexpr bool kAhead = M <= 2;
   static constexpr int kBlocks = M <= 2 ? 4 : M == 4 ? 3 : 2;  // on a processor, at least
-  static constexpr int kTiles = M <= 2 ? 4 : 8 / M;            // in a slab; a tile is a chunk for each lane
+  static constexpr int kTiles = M <= 2 ? 4 : 8 / M;  // in a slab; a tile is a chunk for each lane
 };
 
 // 16 bytes of one row, as read; decoded only when used, so that nothing waits for them earlier.
@@ -59,19 +60,15 @@ __device__ void fetch(const Weight& w, int64_t first, int64_t chunk, Chunk (&to)
     at[r] = Format::kBook ? (row * w.k + column) >> w.group_shift
                           : (row >> w.row_shift) * w.stride + (column >> w.group_shift);
   }
-  const void* scale = w.scales.scale;
   if (Format::kBook && w.scales.nested != nullptr) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      to[r].scale = __ldg(static_cast<const uint8_t*>(scale) + at[r]);
+      to[r].scale = __ldg(static_cast<const uint8_t*>(w.scales.scale) + at[r]);
       to[r].extra = __ldg(w.scales.nested + at[r] / 256);
     }
-  } else if (Format::kBook || w.scale_dtype == gp::DType::f32) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) to[r].scale = __ldg(static_cast<const uint32_t*>(scale) + at[r]);
   } else {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) to[r].scale = __ldg(static_cast<const uint16_t*>(scale) + at[r]);
+    for (int r = 0; r < kRows; ++r) to[r].scale = raw_scale(w, at[r]);
   }
   if (Format::kZeroPoints) {
 #pragma unroll
@@ -83,9 +80,7 @@ template <class Format>
 __device__ float scale_of(const Weight& w, const Chunk& chunk) {
   if (Format::kBook && w.scales.nested != nullptr)
     return double_scale(w.scales, chunk.scale, chunk.extra);
-  if (Format::kBook || w.scale_dtype == gp::DType::f32) return __uint_as_float(chunk.scale);
-  return w.scale_dtype == gp::DType::bf16 ? __uint_as_float(chunk.scale << 16)
-                                          : __half2float(__ushort_as_half(uint16_t(chunk.scale)));
+  return float_scale(w, chunk.scale);
 }
 
 __device__ float4 widen(float4 x, gp::DType) { return x; }
@@ -99,9 +94,10 @@ __device__ float4 widen(uint2 x, gp::DType dtype) {
           __half2float(__ushort_as_half(uint16_t(x.y >> 16)))};
 }
 
-// Columns `first` and following of x, `tiles` tiles, zero past the ends. The four columns 4 * quad of
-// lane's part of a tile go where the banks of `lane ^ quad` are: neither the threads that write here
-// nor those that read in the product share one. Four: four elements of x as they lie in memory.
+// Columns `first` and following of x, `tiles` tiles, zero past the ends. The four columns 4 * quad
+// of lane's part of a tile go where the banks of `lane ^ quad` are: neither the threads that write
+// here nor those that read in the product share one. Four: four elements of x as they lie in
+// memory.
 template <class Four, int kQuads, int M>
 __device__ void stage(const Linear& a, int64_t k, int64_t first, int tiles,
                       float4 (*to)[M][kQuads][32]) {
@@ -149,8 +145,8 @@ __device__ void finish(const Linear& a, int64_t n, int64_t row, int m, float sum
   store(sum, a.y, a.dtype, m * n + row);
 }
 
-// Whole chunks only: k is a multiple of Format::kColumns, q and x begin at multiples of 16 bytes, and
-// no chunk has two scales.
+// Whole chunks only: k is a multiple of Format::kColumns, q and x begin at multiples of 16 bytes,
+// and no chunk has two scales.
 template <class Format, int M>
 __global__ void __launch_bounds__(kGemvThreads, Plan<M>::kBlocks)
     quant_matmul_kernel(const Linear a, const Weight w) {

@@ -1,16 +1,19 @@
 // Runs CUDA kernels on the CPU: every thread of a block is a fiber, which runs until it waits at a
-// barrier or in a shuffle; blocks run one after another; shared memory is static. It checks a kernel's
-// arithmetic and indices, not its speed, nor races that the fibers' order hides.
+// barrier or in a shuffle; blocks run one after another; shared memory is static. It checks a
+// kernel's arithmetic and indices, not its speed, nor races that the fibers' order hides.
 //
-// Include it before a .cu file, and the file's entry points are those of the library, on host memory.
+// Include it before a .cu file, and the file's entry points are those of the library, on host
+// memory.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
+#include <initializer_list>
 #include <vector>
 
 #include "common/simd.h"
@@ -87,8 +90,8 @@ class Barrier {
 };
 static std::vector<Barrier> barriers;  // of the block, then of its warps
 
-struct Exchange {  // what the lanes of a warp bring to a shuffle; two, so that one barrier is enough
-  float values[2][32];
+struct Exchange {  // what the lanes of a warp bring; two, so that one barrier is enough
+  uint32_t words[2][32][6];
   unsigned turn[32];
 };
 static std::vector<Exchange> exchanges;
@@ -126,16 +129,20 @@ void emulate(unsigned blocks, unsigned threads, const F& kernel) {
 inline void __syncthreads() { emulation::barriers[0].wait(); }
 inline void __syncwarp() { emulation::barriers[1 + threadIdx.x / 32].wait(); }
 
-inline float exchange(float value, unsigned from) {
+// What each lane of the warp brought, in words.
+inline const uint32_t (*exchange(std::initializer_list<uint32_t> mine))[6] {
   emulation::Exchange& warp = emulation::exchanges[threadIdx.x / 32];
   const unsigned turn = warp.turn[threadIdx.x % 32]++ % 2;
-  warp.values[turn][threadIdx.x % 32] = value;
+  std::copy(mine.begin(), mine.end(), warp.words[turn][threadIdx.x % 32]);
   __syncwarp();
-  return warp.values[turn][from % 32];
+  return warp.words[turn];
 }
-inline float __shfl_sync(unsigned, float value, int lane) { return exchange(value, unsigned(lane)); }
+inline float shuffle(float value, unsigned from) {
+  return gp::GP_ISA::bits_to_float(exchange({gp::GP_ISA::float_to_bits(value)})[from % 32][0]);
+}
+inline float __shfl_sync(unsigned, float value, int lane) { return shuffle(value, unsigned(lane)); }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  return exchange(value, threadIdx.x ^ unsigned(mask));
+  return shuffle(value, threadIdx.x ^ unsigned(mask));
 }
 
 // --- arithmetic ----------------------------------------------------------------------------------
@@ -166,8 +173,40 @@ struct __half {
 };
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {gp::GP_ISA::float_to_bf16(x)}; }
 inline __half __float2half_rn(float x) { return {gp::GP_ISA::float_to_f16(x)}; }
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
+inline uint16_t __half_as_ushort(__half x) { return x.bits; }
 inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
 inline float __half2float(__half x) { return gp::GP_ISA::f16_to_float(x.bits); }
+
+// Two 16-bit numbers in a word; Type says what a number is.
+template <class Type>
+uint32_t emulated_fma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t out = 0;
+  for (int shift : {0, 16}) {
+    const auto value = [shift](uint32_t word) { return Type::value(uint16_t(word >> shift)); };
+    out |= uint32_t(Type::bits(std::fma(value(a), value(b), value(c)))) << shift;
+  }
+  return out;
+}
+
+// mma.m16n8k16, as PTX places its operands: lane 4g + t holds of a, 16 x 16, rows g (words 0 and 2)
+// and g + 8 (1 and 3), columns 2t, 2t + 1 (0 and 1) and those 8 further (2 and 3); of b, 16 x 8,
+// column g at the same rows (words 4 and 5); of c rows g and g + 8, columns 2t and 2t + 1. Products
+// are exact; the hardware's order of additions is its own, and so is this one.
+template <class Type>
+void emulated_mma(float (&c)[4], std::initializer_list<uint32_t> mine) {
+  const uint32_t(*lanes)[6] = exchange(mine);
+  const auto number = [&](unsigned lane, int word, int k) {
+    return Type::value(uint16_t(lanes[lane][word] >> 16 * (k % 2)));
+  };
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (unsigned i = 0; i < 4; ++i)
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned from = k % 8 / 2, far = k / 8;
+      const float a = number(4 * g + from, int(i / 2 + 2 * far), int(k));
+      c[i] = std::fma(a, number(4 * (2 * t + i % 2) + from, int(4 + far), int(k)), c[i]);
+    }
+}
 
 // --- the runtime: one device, number 0 -----------------------------------------------------------
 

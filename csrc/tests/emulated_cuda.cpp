@@ -1,5 +1,5 @@
-// The whole CUDA library on the CPU: tests/ops call it through the Python backend, with tensors in host
-// memory.
+// The whole CUDA library on the CPU: tests/ops call it through the Python backend, with tensors in
+// host memory.
 #include "cuda_emulation.h"
 
 #include "cuda/library.cu"

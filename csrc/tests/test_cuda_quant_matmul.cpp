@@ -1,5 +1,6 @@
-// The CUDA product with quantized weights, emulated, against sums in double of weights that this file
-// decodes its own way. tests/ops/test_quant_matmul_cuda.py compares more cases with the reference.
+// The CUDA product with quantized weights, emulated, against sums in double of weights that this
+// file decodes its own way. tests/ops/test_quant_matmul_cuda.py compares more cases with the
+// reference.
 #include "cuda_emulation.h"
 
 #include "compare.h"
@@ -8,7 +9,7 @@
 
 namespace {
 
-constexpr float kCanary = 12345.0f;
+constexpr float kCanary = 12288.0f;
 
 double fp8(int code, int mantissa_bits, int bias) {
   const int exponent = (code & 127) >> mantissa_bits, fraction = code & ((1 << mantissa_bits) - 1);
@@ -22,6 +23,20 @@ struct Case {
   WeightFormat format;
   int64_t n, k, group;
   bool zeros = false, nested = false;
+  gp::DType dtype = gp::DType::f32;
+};
+
+// Numbers of a type that is known at run time, at an address that the kernels take.
+class Numbers {
+ public:
+  Numbers(size_t count, gp::DType dtype) : memory_(count / 4 + 1), dtype_(dtype) {}
+  void* data() { return memory_.data(); }
+  void set(size_t i, float value) { store(value, data(), dtype_, int64_t(i)); }
+  float operator[](size_t i) const { return load(memory_.data(), dtype_, int64_t(i)); }
+
+ private:
+  std::vector<uint4> memory_;
+  gp::DType dtype_;
 };
 
 struct Stored {
@@ -83,29 +98,35 @@ double weight(const Case& c, const Stored& s, int64_t row, int64_t column) {
 }
 
 // y (m, n) between canaries; a row that was not there before must not change the others.
-std::vector<float> product(const Case& c, const Stored& s, const float* x, int m, const float* bias) {
-  std::vector<float> y(size_t(m * c.n + 16), kCanary);
+std::vector<float> product(const Case& c, const Stored& s, Numbers& x, int m,
+                           const std::vector<float>& bias) {
+  const size_t count = size_t(m * c.n);
+  Numbers y(count + 16, c.dtype);
+  for (size_t i = 0; i < count + 16; ++i) y.set(i, kCanary);
+  const size_t size = c.dtype == gp::DType::f32 ? 4 : 2;
   const bool nested = c.nested;
   const int error = gp_cuda_quant_matmul(
       int(c.format), c.n, c.k, reinterpret_cast<const uint8_t*>(s.q.data()),
       nested ? static_cast<const void*>(s.codes.data()) : s.scale.data(), 0,
       c.zeros ? s.zero.data() : nullptr, nested ? s.nested.data() : nullptr, &s.offset,
-      s.map.data(), c.group, s.rows, s.stride, x, m, 0, bias, 0, y.data() + 8, 0, nullptr);
+      s.map.data(), c.group, s.rows, s.stride, x.data(), m, int(c.dtype), bias.data(), 0,
+      static_cast<char*>(y.data()) + 8 * size, 0, nullptr);
   bool kept = error == 0;
-  for (size_t i = 0; i < 8; ++i) kept &= y[i] == kCanary && y[y.size() - 1 - i] == kCanary;
+  for (size_t i = 0; i < 8; ++i) kept &= y[i] == kCanary && y[count + 15 - i] == kCanary;
   if (!kept) {
     ++failures;
     std::printf("FAILED error %d, or memory beside the result was written\n", error);
   }
-  return std::vector<float>(y.begin() + 8, y.end() - 8);
+  std::vector<float> out;
+  for (size_t i = 0; i < count; ++i) out.push_back(y[8 + i]);
+  return out;
 }
 
 void check(const Case& c) {
   const Stored s = fill(c);
   uint32_t state = 3;
-  std::vector<float4> memory(size_t(8 * c.k / 4 + 1));
-  float* x = &memory[0].x;
-  for (int64_t i = 0; i < 8 * c.k; ++i) x[i] = noise(state);
+  Numbers x(size_t(8 * c.k), c.dtype);
+  for (int64_t i = 0; i < 8 * c.k; ++i) x.set(size_t(i), noise(state));
   std::vector<float> bias(size_t(c.n));
   for (float& b : bias) b = noise(state);
   std::vector<double> want;
@@ -114,16 +135,19 @@ void check(const Case& c) {
     for (int64_t n = 0; n < c.n; ++n) {
       double sum = bias[n], size = 0;
       for (int64_t k = 0; k < c.k; ++k) {
-        const double term = x[m * c.k + k] * weight(c, s, n, k);
+        const double term = x[size_t(m * c.k + k)] * weight(c, s, n, k);
         sum += term, size += std::fabs(term);
       }
       want.push_back(sum);
       scale = std::fmax(scale, size);
     }
-  const std::vector<float> all = product(c, s, x, 8, bias.data());
-  compare("cuda quant_matmul", all, want, 4e-6 * scale + 1e-6);
+  const std::vector<float> all = product(c, s, x, 8, bias);
+  const double step = c.dtype == gp::DType::bf16 ? 0x1p-8 : c.dtype == gp::DType::f16 ? 0x1p-11 : 0;
+  double largest = 0;
+  for (double y : want) largest = std::fmax(largest, std::fabs(y));
+  compare("cuda quant_matmul", all, want, 4e-6 * scale + step * largest + 1e-6);
   for (int m : {1, 2, 3, 5}) {
-    const std::vector<float> some = product(c, s, x, m, bias.data());
+    const std::vector<float> some = product(c, s, x, m, bias);
     if (!std::equal(some.begin(), some.end(), all.begin())) {
       ++failures;
       std::printf("FAILED %d rows differ from the first of 8: format %d, k %lld\n", m,
@@ -143,9 +167,10 @@ void check_refusals() {
   const Stored s = fill(c);
   std::vector<float4> x(16), y(8);
   const auto call = [&](int format, int offset, int m, int device) {
-    return gp_cuda_quant_matmul(format, 4, 32, reinterpret_cast<const uint8_t*>(s.q.data()) + offset,
-                                s.scale.data(), 0, nullptr, nullptr, nullptr, nullptr, 32, 1, 1,
-                                x.data(), m, 0, nullptr, 0, y.data(), device, nullptr);
+    const uint8_t* q = reinterpret_cast<const uint8_t*>(s.q.data()) + offset;
+    return gp_cuda_quant_matmul(format, 4, 32, q, s.scale.data(), 0, nullptr, nullptr, nullptr,
+                                nullptr, 32, 1, 1, x.data(), m, 0, nullptr, 0, y.data(), device,
+                                nullptr);
   };
   expect("a good call", call(0, 0, 1, 0), cudaSuccess);
   expect("9 rows", call(0, 0, 9, 0), cudaErrorInvalidValue);
@@ -157,7 +182,8 @@ void check_refusals() {
 }  // namespace
 
 int main() {
-  // One chunk, cut tiles and slabs, rows past the last, groups that no wide kernel takes, odd columns.
+  // One chunk, cut tiles and slabs, rows past the last, groups that no wide kernel takes, odd
+  // columns.
   for (int64_t k : {32, 160, 1056, 4128}) {
     check({WeightFormat::nf4, 5, k, 64});
     check({WeightFormat::int4, 19, k, 32, true});
@@ -173,6 +199,14 @@ int main() {
   check({WeightFormat::int8, 6, 17, 17});
   check({WeightFormat::e5m2, 6, 272, 128});
   check({WeightFormat::e5m2, 6, 5, 128});
+  // By tensor cores: one step, all warps and one more, three steps of a warp.
+  for (gp::DType dtype : {gp::DType::bf16, gp::DType::f16}) {
+    check({WeightFormat::int4, 5, 128, 128, false, false, dtype});
+    check({WeightFormat::int4, 19, 9 * 128, 9 * 128, true, false, dtype});
+    check({WeightFormat::int4, 16, 17 * 128, 128, true, false, dtype});
+    check({WeightFormat::int4, 3, 160, 32, true, false, dtype});
+    check({WeightFormat::nf4, 3, 160, 64, false, false, dtype});
+  }
   check_refusals();
   std::printf(failures ? "FAILED\n" : "ok\n");
   return failures ? 1 : 0;

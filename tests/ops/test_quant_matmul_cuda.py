@@ -19,6 +19,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHTS = [name for name, (fmt, _) in cases.WEIGHTS.items() if fmt in cuda.FORMATS]
 # One element; odd rows; nf4 blocks across row ends; cut tiles; several slabs and a cut one.
 SHAPES = ((1, 1), (3, 33), (43, 172), (18, 192), (5, 1056), (17, 4160))
+# For the tensor cores: one step, all warps and one more, three steps of a warp.
+STEPS = ((5, 128), (19, 1152), (16, 2176))
+ALL_TYPES = [(256, dtype) for dtype in FLOATS]
 ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8)
 
 
@@ -34,7 +37,8 @@ def product(x, q, bias=None):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_oracle_and_rows_alone(emulated, weight, dtype):
-    for n, k in SHAPES if dtype == torch.float32 else SHAPES[2:5]:
+    halves = SHAPES[2:5] + STEPS * weight.startswith("int4")
+    for n, k in SHAPES if dtype == torch.float32 else halves:
         x, q, bias = make(max(ROWS), n, k, weight, dtype, bias=n % 2 == 1)
         dense = q.dequantize(torch.float32)
         y64 = x.double() @ dense.double().T + (0 if bias is None else bias.double())
@@ -47,12 +51,12 @@ def test_oracle_and_rows_alone(emulated, weight, dtype):
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("k", [172, 192])
-def test_a_unit_vector_reads_the_exact_weight(emulated, weight, k):
+@pytest.mark.parametrize("k, dtype", [(172, FLOATS[0]), (192, FLOATS[0]), *ALL_TYPES], ids=str)
+def test_a_unit_vector_reads_the_exact_weight(emulated, weight, k, dtype):
     _, q, _ = make(1, 43, k, weight)
-    dense = q.dequantize(torch.float32)
-    for at in range(0, k, 7):
-        x = torch.zeros(3, k)
+    dense = q.dequantize(dtype)
+    for at in range(0, k, 19):
+        x = torch.zeros(3, k, dtype=dtype)
         x[1, at] = 1.0
         y = product(x, q)
         assert torch.equal(y[1], dense[:, at])
@@ -79,22 +83,23 @@ def test_every_code(emulated, fmt, k):
 
 
 @pytest.mark.parametrize("weight", ["nf4-double", "int4", "int4-asymmetric", "int8", "fp8"])
-@pytest.mark.parametrize("k", [172, 1056])
-def test_what_is_not_finite_in_x_stays_in_its_row(emulated, weight, k):
-    x, q, bias = make(4, 43, k, weight)
+@pytest.mark.parametrize("k, dtype", [(172, FLOATS[0]), (1056, FLOATS[0]), *ALL_TYPES], ids=str)
+def test_what_is_not_finite_in_x_stays_in_its_row(emulated, weight, k, dtype):
+    x, q, bias = make(4, 43, k, weight, dtype)
     want = product(x, q, bias)
     x[1, 5], x[2, k - 1] = torch.nan, torch.inf
     y = product(x, q, bias)
     assert torch.equal(y[::3], want[::3]) and torch.isnan(y[1]).all()
-    infinite = torch.isinf(x[2:3] @ q.dequantize(torch.float32).T)  # but inf * 0 is NaN
+    infinite = torch.isinf(x[2:3].float() @ q.dequantize(torch.float32).T)  # but inf * 0 is NaN
     assert torch.equal(torch.isinf(y[2:3]), infinite) and not torch.isfinite(y[2]).any()
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_neighbouring_memory_is_neither_read_nor_written(emulated, weight):
     """Every input lies between NaN, or bytes that decode to the largest codes."""
-    for n, k in ((43, 172), (3, 33), (5, 1056)):
-        x, q, bias = make(3, n, k, weight)
+    for n, k, dtype in ((43, 172, FLOATS[0]), (3, 33, FLOATS[0]), (5, 1056, FLOATS[0]),
+                        (5, 1152, FLOATS[1]), (5, 128, FLOATS[2])):  # fmt: skip
+        x, q, bias = make(3, n, k, weight, dtype)
         want = product(x, q, bias)
         walled_q = replace(q, **{name: walled(t) for name, t in q.components().items()})
         assert torch.equal(product(walled(x), walled_q, walled(bias)), want)
@@ -177,7 +182,7 @@ def test_an_old_device_is_named(monkeypatch):
 def test_machine_code(arch):
     """No spills; as many blocks on a processor as the launch bounds say; codes 16 bytes at a time,
     past the first cache; products fused; nf4 by shuffles."""
-    used = resources("quant_matmul", arch)
+    used = resources("quant_matmul_kernel", arch) | resources("narrow_kernel", arch)
     code = instructions("quant_matmul_kernel", arch)
     assert len(used) == 25 and len(code) == 24  # 6 decoders x 1, 2, 4, 8 rows, and any shape
     for name, numbers in used.items():
@@ -194,6 +199,23 @@ def test_machine_code(arch):
         assert sum("SHFL" in line for line in body) >= shuffled, name
         if "Int4ILb0" in name or "Int8" in name:  # codes become floats without the slow conversion
             assert not any("I2F" in line for line in body), name
+
+
+@needs_machine_code
+@pytest.mark.parametrize("arch", ARCHS)
+def test_machine_code_of_the_tensor_cores(arch):
+    used, code = resources("quant_mma_kernel", arch), instructions("quant_mma_kernel", arch)
+    assert len(used) == len(code) == 4  # bf16 and fp16, with and without zero points
+    for name, numbers in used.items():
+        assert numbers["STACK"] == numbers["LOCAL"] == 0 and numbers["REG"] <= 128, name
+        body = code[name]
+        kind = "F32.BF16" if "Bf16" in name else "F32"
+        assert sum(f"HMMA.16816.{kind} " in line for line in body) == 16, name  # two steps
+        wide = [line for line in body if "LDG" in line and ".128" in line and "NA" in line]
+        assert len(wide) >= 8, name  # two rows of W, both steps, before the loop and in it
+        assert sum("PRMT" in line for line in body) >= 32, name
+        decoding = [line for line in body if "I2F" in line]
+        assert len(decoding) <= 4 * ("ILb1" in name or "Lb1E" in name), name  # zero points
 
 
 @pytest.mark.skipif(glue.unavailable() is not None, reason="torch sees no CUDA device")
