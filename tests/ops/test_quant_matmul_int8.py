@@ -68,6 +68,26 @@ def test_largest_sums_are_exact(isa):
                         activations="int8")  # fmt: skip
 
 
+@pytest.mark.parametrize("most", [9, 64, 90, 116, 127, 128])
+def test_sums_are_exact_whatever_the_codes_have_in_common(isa, most):
+    """16-bit sums must neither saturate nor overflow: x like a row of W, its signs, or the same."""
+    generator = torch.Generator().manual_seed(most)
+    weight = gp.quantize(torch.ones(37, 300), "int8")
+    codes = torch.randint(-most, most + 1, weight.shape, generator=generator).clamp(max=127)
+    weight.qdata.copy_(codes)
+    like = codes[:9].float()
+    signs = torch.tensor([1.0, -1.0]).repeat(150)
+    noise = torch.rand(9, 300, generator=generator) * 2 - 1
+    weight.qdata[9] = signs.clamp(max=127 / most) * most  # the largest of both signs, by turns
+    steps = signs * torch.arange(58, 128)[:, None]  # sums of two on either side of any bound
+    steps[:, -1] = 127
+    for x in (like, -like, like.sign(), noise, noise.sign(), signs.expand(9, -1), noise.abs(),
+              steps):  # fmt: skip
+        x = torch.cat([x, like * 0.01, x])  # with rows that bounds have to leave alone
+        got = gp.quant_matmul(x, weight, activations="int8", backend="native")
+        assert torch.equal(got, gp.quant_matmul(x, weight, activations="int8", backend="reference"))
+
+
 def test_rows_of_zeros_tiny_and_not_finite(isa):
     x, weight, bias = make(6, 43, 172)
     x[0], x[1], x[2, 5], x[3, 171] = 0, x[1] * 1e-42, torch.nan, -torch.inf
