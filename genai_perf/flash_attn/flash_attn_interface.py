@@ -31,6 +31,7 @@ import torch
 from .._checks import check_dtype, check_ndim, check_tensor, fail
 from ..ops.attention import attention, checks
 from ..ops.decode_attention import flash_attn_with_kvcache as flash_attn_with_kvcache
+from ..ops.decode_attention.flash import window
 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
@@ -168,17 +169,6 @@ def _longest(op: str, name: str, value) -> int:
         return operator.index(value)
     except TypeError:
         fail(op, name, "an int, 0 or more", repr(value))
-
-
-def window(op: str, window_size) -> tuple[int | None, int | None]:
-    """flash-attn's window, whose sides are -1 where unbounded, as `attention` takes it."""
-    try:
-        left, right = (operator.index(side) for side in window_size)
-    except (TypeError, ValueError):
-        fail(op, "window_size", "a pair of ints (left, right)", repr(window_size))
-    if left < -1 or right < -1:
-        fail(op, "window_size", "(left, right), each -1 (unbounded) or more", (left, right))
-    return (None if left == -1 else left), (None if right == -1 else right)
 
 
 def _paged_rows(op: str, pages, block_table, cu_seqlens_k) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """`flash_attn_with_kvcache` as flash-attn 2.8 has it, on `decode_attention`."""
 
+import operator
+
 from ..._checks import fail
 from .api import decode_attention
 
@@ -58,15 +60,22 @@ def flash_attn_with_kvcache(
         if k is not None:
             fail(OP, "cache_seqlens", "given where k and v are appended", "None")
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if not isinstance(window_size, tuple | list) or any(
-        not isinstance(side, int) or side < -1 for side in window_size
-    ):
-        fail(OP, "window_size", "(left, right), each an int >= -1", repr(window_size))
     return decode_attention(
         q, k_cache, v_cache, k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
         block_table=block_table, softmax_scale=softmax_scale, causal=causal,
-        window_size=tuple(None if side == -1 else side for side in window_size), softcap=softcap,
+        window_size=window(OP, window_size), softcap=softcap,
         rotary_interleaved=rotary_interleaved, alibi_slopes=alibi_slopes, num_splits=num_splits,
         return_lse=return_softmax_lse,
     )  # fmt: skip
+
+
+def window(op: str, window_size) -> tuple[int | None, int | None]:
+    """flash-attn's window, whose sides are -1 where unbounded, as `attention` takes it."""
+    try:
+        left, right = (operator.index(side) for side in window_size)
+    except (TypeError, ValueError):
+        fail(op, "window_size", "a pair of ints (left, right)", repr(window_size))
+    if left < -1 or right < -1:
+        fail(op, "window_size", "(left, right), each -1 (unbounded) or more", (left, right))
+    return (None if left == -1 else left), (None if right == -1 else right)
