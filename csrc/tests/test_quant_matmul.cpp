@@ -87,11 +87,85 @@ double fp8_value(uint8_t b, QuantFormat format) {
   return b & 0x80 ? -value : value;
 }
 
+// Writes a number as bf16 or fp16, both cut off, and returns what was written.
+float store_half(float v, DType dtype, uint16_t* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  const bool bf16 = dtype == DType::bf16;
+  bits &= bf16 ? 0xffff0000u : std::fabs(v) < 0x1p-14f ? 0u : 0xffffe000u;
+  std::memcpy(&v, &bits, 4);
+  const uint32_t half = (bits & 0x7fffffffu) >> 13;
+  *out = uint16_t(bf16 ? bits >> 16 : half == 0 ? 0 : bits >> 16 & 0x8000u | (half - (112u << 10)));
+  return v;
+}
+float load_half(uint16_t h, DType dtype) {
+  const uint32_t magnitude = h & 0x7fffu;
+  uint32_t bits = uint32_t(h) << 16;
+  float v;
+  if (dtype == DType::bf16) {
+    std::memcpy(&v, &bits, 4);
+    return v;
+  }
+  v = magnitude < 0x400u ? std::ldexp(float(magnitude), -24)
+                         : std::ldexp(float((magnitude & 0x3ffu) | 0x400u), int(magnitude >> 10) - 25);
+  return h & 0x8000u ? -v : v;
+}
+
 struct Case {
   Layout layout;
   int64_t m, n, k;
   bool at_end;
+  DType dtype;
 };
+
+// Rows of 16-bit x, with and without outliers, one at a time: a bias takes the product away again, so
+// that the rounding of y does not hide the kernel's.
+void run_half(const Case& c, QuantMatmulArgs a, const std::vector<double>& w, const char* isa) {
+  const int64_t n = c.n, k = c.k, m = c.m;
+  Guarded x(m * k * 2, c.at_end), y(n * 2, c.at_end), bias(n * 4, c.at_end), all(m * n * 2, c.at_end);
+  double worst = 0;
+  bool ok = true, same = true;
+  std::vector<double> wide(size_t(m * k));
+  for (int64_t i = 0; i < m * k; ++i) {
+    const float v = random_float() * (i / k % 2 && i % 50 == 7 ? 1000.0f : 1.0f);
+    wide[size_t(i)] = store_half(v, c.dtype, x.as<uint16_t>() + i);
+  }
+  a.dtype = c.dtype;
+  a.x = x.as<uint16_t>();
+  a.y = all.as<uint16_t>();
+  for (int64_t i = 0; i < n; ++i) bias.as<float>()[i] = 0.25f;
+  a.bias = bias.as<float>();
+  ok = GP_KERNEL(quant_matmul_forward)(a);
+  a.m = 1;
+  a.y = y.as<uint16_t>();
+  for (int64_t i = 0; i < m; ++i) {
+    a.x = x.as<uint16_t>() + i * k;
+    for (int64_t r = 0; r < n; ++r) bias.as<float>()[r] = 0.25f;
+    ok = ok && GP_KERNEL(quant_matmul_forward)(a);
+    same = same && std::memcmp(y.as<char>(), all.as<char>() + i * n * 2, size_t(n) * 2) == 0;
+    std::vector<double> size(size_t(n), 1e-30);
+    for (int64_t r = 0; r < n; ++r) {
+      double sum = 0;
+      for (int64_t e = 0; e < k; ++e) {
+        const double term = wide[size_t(i * k + e)] * w[size_t(r * k + e)];
+        sum += term;
+        size[size_t(r)] += std::fabs(term);
+      }
+      bias.as<float>()[r] = -float(sum);
+    }
+    ok = ok && GP_KERNEL(quant_matmul_forward)(a);
+    for (int64_t r = 0; r < n; ++r)
+      worst = std::fmax(
+          worst, std::fabs(load_half(y.as<uint16_t>()[r], c.dtype)) / size[size_t(r)]);
+  }
+  // nf4 is within 2^-15.9 of the largest code, the smallest is 0.08 of it; x within 2^-12 of itself.
+  if (!ok || !same || !(worst < 4e-4)) {
+    std::printf("FAILED: %s %s %s m %ld n %ld k %ld: error %.2e, the same among others: %d\n", isa,
+                c.layout.name, c.dtype == DType::bf16 ? "bf16" : "fp16", long(m), long(n), long(k),
+                worst, int(same));
+    ++failures;
+  }
+}
 
 void run(const Case& c, const char* isa) {
   const int64_t n = c.n, k = c.k, m = c.m, g = c.layout.group;
@@ -165,10 +239,11 @@ void run(const Case& c, const char* isa) {
     a.w.nested_scale = nested_scale.as<float>();
   }
   a.m = m;
+  a.threads = 3;
+  if (c.dtype != DType::f32) return run_half(c, a, w, isa);
   a.x = x.as<float>();
   a.y = y.as<float>();
   a.bias = bias.as<float>();
-  a.threads = 3;
   bool ok = GP_KERNEL(quant_matmul_forward)(a);
   a.x = dy.as<float>();
   a.y = dx.as<float>();
@@ -235,8 +310,14 @@ int main() {
         for (int64_t m : {1, 2, 3, 4, 7, 9, 21})
           for (bool at_end : {true, false}) {
             state = 1;
-            run({layout, m, shape[0], shape[1], at_end}, isa_name(isa));
+            run({layout, m, shape[0], shape[1], at_end, DType::f32}, isa_name(isa));
             ++runs;
+            const bool rounds = layout.format == QuantFormat::nf4 || layout.format == QuantFormat::int4;
+            for (DType dtype : {DType::bf16, DType::f16}) {
+              if (!rounds || m > 8 || m == 2) continue;
+              run({layout, m, shape[0], shape[1], at_end, dtype}, isa_name(isa));
+              ++runs;
+            }
           }
   }
   std::printf("%d runs, %s\n", runs, failures ? "FAILED" : "ok");
