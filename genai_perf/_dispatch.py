@@ -58,10 +58,16 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return (kind is torch.Tensor or kind is Parameter) and not (tensor.is_meta or tensor.is_neg())
 
 
+def native_first() -> bool:
+    """Whether native is asked before any other backend and its function can be called without the
+    op around it, if it takes the call."""
+    return _NATIVE_FIRST and unwatched()
+
+
 def goes_direct(*tensors: torch.Tensor) -> bool:
     """Whether native's own function can be called in the place of an op that names no backend:
     plain CPU tensors that want no gradient, nobody watches, and no other backend comes first."""
-    if not (_NATIVE_FIRST and unwatched()):
+    if not native_first():
         return False
     wants_grad = torch.is_grad_enabled()
     for t in tensors:

@@ -23,6 +23,7 @@ def solve(
     double_quant: bool = False,
     granularity: str | None = None,
     scale_dtype: torch.dtype | None = None,
+    allow_nonfinite: bool = False,
     grid: GroupGrid | None = None,
     importance: torch.Tensor | None = None,
     name: str = "rtn.solve",
@@ -33,14 +34,15 @@ def solve(
         weight: (out_features, in_features); not changed.
         hessian: (in_features, in_features), for the result's error alone; None: that of the weight.
         format: a name of `genai_perf.formats.FORMATS`.
-        group_size, symmetric, double_quant, granularity: as in `genai_perf.quantize`.
+        group_size, symmetric, double_quant, granularity, allow_nonfinite: as in
+            `genai_perf.quantize`.
         scale_dtype: what scales are rounded to before codes are computed, so that a loader that
             keeps them in it reads the same weight; nf4, whose scales stay fp32, ignores it.
         grid: fitted to the weight and rounded to, in place of what the options above describe.
         importance: (in_features,), what a squared error in each column costs a grid; None: 1.
         name: the layer, for messages.
     """
-    check_weight(name, weight, hessian)
+    check_weight(name, weight, hessian, allow_nonfinite)
     if grid is not None:
         dense = weight.detach().float()
         grid.fit(dense, dense.new_ones(dense.shape[1]) if importance is None else importance)
@@ -55,6 +57,7 @@ def solve(
         double_quant=double_quant,
         granularity=granularity,
         scale_dtype=scale_dtype if isinstance(chosen, IntGroups) else None,
+        allow_nonfinite=allow_nonfinite,
     )
     if format in ("int8", "fp8", "fp8_e5m2") and scale_dtype not in (None, torch.float32):
         qweight = _round_scales(weight, qweight, scale_dtype)

@@ -34,7 +34,8 @@ class SparseResult:
         return relative_error(self.before, self.weight, self.hessian)
 
 
-def check_weight(op: str, weight: torch.Tensor, hessian: torch.Tensor | None) -> None:
+def check_weight(op: str, weight: torch.Tensor, hessian: torch.Tensor | None,
+                 allow_nonfinite: bool = False) -> None:  # fmt: skip
     check_tensor(op, weight=weight)
     check_ndim(op, 2, "(out_features, in_features)", weight=weight)
     if hessian is not None and hessian.shape != (weight.shape[1],) * 2:
@@ -43,7 +44,7 @@ def check_weight(op: str, weight: torch.Tensor, hessian: torch.Tensor | None) ->
              f"shape {tuple(hessian.shape)}")  # fmt: skip
     if hessian is not None:
         check_hessian(op, hessian)
-    if not all_finite(weight):
+    if not allow_nonfinite and not all_finite(weight):
         row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
         fail(op, "weight", "finite", f"{weight[row, column].item()} at ({row}, {column})")
 

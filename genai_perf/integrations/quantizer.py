@@ -93,7 +93,8 @@ class LoadingQuantizer:
         qweight = rtn.solve(
             weight, None, format=config.format, group_size=config.group_size,
             symmetric=config.symmetric, double_quant=config.double_quant,
-            granularity=config.granularity, scale_dtype=weight.dtype, name=name,
+            granularity=config.granularity, scale_dtype=weight.dtype,
+            allow_nonfinite=config.allow_nonfinite, name=name,
         ).qweight  # fmt: skip
         return replace(qweight, dtype=weight.dtype)
 
@@ -204,23 +205,26 @@ def register() -> type:
             format: one of "nf4", "fp4", "int4", "int3", "int2", "int8", "fp8", or another of
                 `genai_perf.formats.FORMATS`, which no checkpoint holds.
             skip: layers to leave dense, as `genai_perf.quantize_model` takes them.
-            group_size, double_quant, symmetric, granularity, activations, threshold, search: as
-                QuantConfig.
+            group_size, double_quant, symmetric, granularity, activations, threshold, search,
+                allow_nonfinite: as QuantConfig.
 
         Raises:
             ValueError: an option that the format does not have.
+            RuntimeError: while loading; transformers' report names the weight that has an infinity
+                or NaN (fp8 with `allow_nonfinite` keeps NaN, and infinities saturate).
         """
 
         def __init__(self, format: str = "nf4", *, skip: tuple[str, ...] = DEFAULT_SKIP,
                      group_size: int | None = None, double_quant: bool = False,
                      symmetric: bool = True, granularity: str | None = None,
                      activations: str | None = None, threshold: float = 0.0,
-                     search: bool = False):  # fmt: skip
+                     search: bool = False, allow_nonfinite: bool = False):  # fmt: skip
             self.quant_method = NAME
             self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
             self.options = QuantConfig(format, group_size, double_quant, symmetric, granularity,
                                        activations=activations, threshold=threshold,
-                                       search=search)  # fmt: skip
+                                       search=search,
+                                       allow_nonfinite=allow_nonfinite)  # fmt: skip
             self.stored: dict | None = None  # what a saved checkpoint says instead
 
         def to_dict(self) -> dict:

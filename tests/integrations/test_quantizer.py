@@ -79,6 +79,21 @@ def test_searched_scales_and_thresholds(tmp_path):
         GenaiPerfConfig("nf4", threshold=4.0)
 
 
+def test_weights_that_are_not_finite(tmp_path, caplog):
+    model = LOAD(tiny_python_lm())
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="conversion of the weights"):  # transformers' own
+        LOAD(tmp_path, quantization_config=GenaiPerfConfig("fp8"))
+    assert "layers.1.mlp.down_proj: weight must be finite, got nan at (3, 5)" in caplog.text
+    config = GenaiPerfConfig("fp8", allow_nonfinite=True)
+    layer = LOAD(tmp_path, quantization_config=config).model.layers[1].mlp.down_proj
+    assert layer.weight.tensor().dequantize().isnan().nonzero().tolist() == [[3, 5]]
+    with pytest.raises(ValueError, match="allow_nonfinite must be left out with format 'nf4'"):
+        GenaiPerfConfig("nf4", allow_nonfinite=True)
+
+
 def test_conv1d_and_generate(tmp_path):
     config = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4)
     torch.manual_seed(0)

@@ -99,6 +99,18 @@ def test_one_expert_at_a_time_also_where_the_model_runs_whole_stacks():
     assert model.model.layers[0].mlp.experts.config._experts_implementation == "grouped_mm"
 
 
+@pytest.mark.filterwarnings("ignore")  # torch and transformers warn of themselves while compiling
+@pytest.mark.parametrize("family", ["llama4", "mixtral"])
+def test_compiled(family):
+    """In one graph where the model multiplies whole stacks, in several around a loop over experts."""
+    model = quantize_model(tiny_model(family).eval(), "nf4")
+    want = logits(model)
+    torch._dynamo.reset()
+    whole = family == "llama4"
+    got = logits(torch.compile(model, fullgraph=whole, backend="aot_eager"))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_left_dense_is_named():
     model = tiny_model("mixtral")
     quantize_model(model, "nf4", skip=("experts", "lm_head"))

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import genai_perf as gp
-from genai_perf import formats
+from genai_perf import _dispatch, formats
 from genai_perf._backends import native as glue
 from genai_perf.formats.nf4 import NF4, code_book
 from genai_perf.ops.quant_matmul import cases, native
@@ -321,6 +321,14 @@ def test_copies_and_pickles_leave_addresses_behind():
         assert other.packed is None and torch.equal(gp.quant_matmul(x, other), want)
         other.qdata.zero_()
         assert not torch.equal(gp.quant_matmul(x, other), want)
+    assert torch.equal(gp.quant_matmul(x, q), want)
+
+
+def test_the_op_is_asked_where_another_backend_may_come_first(monkeypatch):
+    x, q, _ = make(5, 43, 172)
+    want = gp.quant_matmul(x, q)
+    monkeypatch.setattr(native, "direct", lambda *args: pytest.fail("not asked for"))
+    monkeypatch.setattr(_dispatch, "_NATIVE_FIRST", False)
     assert torch.equal(gp.quant_matmul(x, q), want)
 
 

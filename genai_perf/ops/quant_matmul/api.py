@@ -3,13 +3,11 @@
 import torch
 
 from ..._checks import check_choice, check_dtype, check_same, check_tensor, fail
-from ..._config import CONFIG
-from ..._dispatch import Op, unwatched
+from ..._dispatch import Op, native_first
 from ...formats import FORMATS, QuantizedTensor
 from ..linear import fake_product
 from . import native, outliers
 
-_DIRECT = CONFIG.backend in (None, "native")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHT = ("Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? nested_scale, "
            "Tensor? scale_offset")  # fmt: skip
@@ -191,8 +189,7 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
     if (
         backend is None
         and not threshold
-        and _DIRECT
-        and unwatched()
+        and native_first()
         and isinstance(qweight, QuantizedTensor)
     ):
         y = native.direct(x, qweight, bias, activations)
