@@ -12,7 +12,7 @@ from cuda_library import emulated as emulated  # a fixture
 import genai_perf as gp
 from genai_perf import formats
 from genai_perf._backends import cuda as glue
-from genai_perf.ops.quant_matmul import cases, cuda
+from genai_perf.ops.quant_matmul import cases, cuda, triton
 from genai_perf.testing.numerics import assert_close_to_oracle
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -143,6 +143,16 @@ def test_refusals_are_sentences(emulated):
     assert "qweight.qdata begins at no multiple of 16" in reason(x[0], replace(q, qdata=codes))
     with pytest.raises(ValueError, match="qweight.scale must be 116 elements"):
         product(x[0], replace(q, scale=q.scale[:-1]))
+
+
+def test_more_rows_go_to_triton(emulated, monkeypatch):
+    monkeypatch.setattr(triton, "why_not", lambda *args: None)  # as on a device
+    x, q, _ = make(9, 43, 172)
+    told = gp.explain(gp.quant_matmul, x, q)
+    assert (
+        told.backend == "triton" and told.reasons["cuda"] == "cuda takes up to 8 rows of x, got 9"
+    )
+    assert gp.explain(gp.quant_matmul, x[:8], q).backend == "cuda"
 
 
 def test_an_error_of_cuda_is_raised_in_its_words(emulated, monkeypatch):
