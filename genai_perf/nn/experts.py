@@ -79,9 +79,9 @@ class QuantizedStack(nn.Module):
 
     `stack[i]` goes to `F.linear` (or to `@`, where the parameter held the matrices transposed) and
     the whole to `torch.bmm`, as the parameter did, so that the forward around it stays what it is;
-    the products are `quant_matmul`. x gets gradients, the weights none. torch.compile breaks its graph
-    at transformers' loop over the experts that tokens chose, which depends on data: `fullgraph=True`
-    is for models that multiply whole stacks (Llama 4).
+    the products are `quant_matmul`. x gets gradients, the weights none. torch.compile breaks its
+    graph at transformers' loop over the experts that tokens chose, which depends on data;
+    `fullgraph=True` is for models that multiply whole stacks (Llama 4).
 
     Args:
         weights: one (out_features, in_features) weight an expert, all of one shape.

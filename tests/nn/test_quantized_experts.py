@@ -102,7 +102,7 @@ def test_one_expert_at_a_time_also_where_the_model_runs_whole_stacks():
 @pytest.mark.filterwarnings("ignore")  # torch and transformers warn of themselves while compiling
 @pytest.mark.parametrize("family", ["llama4", "mixtral"])
 def test_compiled(family):
-    """In one graph where the model multiplies whole stacks, in several around a loop over experts."""
+    """In one graph where the model multiplies whole stacks, else in several around its loop."""
     model = quantize_model(tiny_model(family).eval(), "nf4")
     want = logits(model)
     torch._dynamo.reset()
