@@ -3,8 +3,10 @@
 import math
 from collections.abc import Collection
 
+import numpy as np
 import torch
 
+_FLAGS = (bool, np.bool_, torch.SymBool)
 FAR = 1 << 62  # beyond every length: kernels take 64-bit integers
 
 
@@ -43,6 +45,13 @@ def check_same(op: str, what: str, **tensors: torch.Tensor) -> None:
 def check_choice(op: str, argument: str, value: object, choices: Collection) -> None:
     if value not in choices:
         fail(op, argument, "one of " + ", ".join(map(repr, choices)), repr(value))
+
+
+def check_flags(op: str, **flags: bool) -> None:
+    """Of numbers and words, which would count as true, each is refused."""
+    for name, value in flags.items():
+        if not isinstance(value, _FLAGS):
+            fail(op, name, "True or False", repr(value))
 
 
 def check_positive(op: str, **values: float) -> None:

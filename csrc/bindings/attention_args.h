@@ -23,6 +23,11 @@ inline gp::Tensor4 tensor4(const Ints& n) {
   return {pointer_at<void>(n, 0), n.at(1), n.at(2), n.at(3)};
 }
 
+// A contiguous (batch, rows, heads, dim).
+inline gp::Tensor4 dense(std::uintptr_t address, int64_t rows, int64_t heads, int64_t dim) {
+  return {as_pointer<void>(address), rows * heads * dim, heads * dim, dim};
+}
+
 // q, k and v by addresses, shapes and strides as torch gives them: (batch, rows, heads, dim), or
 // (batch, heads, rows, dim) with heads_first. `fits` says whether they belong together.
 struct Heads {
@@ -46,10 +51,7 @@ struct Heads {
 
   // Of a window: one that reaches past everything is unbounded, as the kernels add it to positions.
   int64_t side(int64_t keys) const { return keys >= seqlen_q + seqlen_k ? -1 : keys; }
-  // A contiguous (batch, seqlen_q, heads, dim_v).
-  gp::Tensor4 out(std::uintptr_t address) const {
-    return {as_pointer<void>(address), seqlen_q * heads * dim_v, heads * dim_v, dim_v};
-  }
+  gp::Tensor4 out(std::uintptr_t address) const { return dense(address, seqlen_q, heads, dim_v); }
 };
 
 inline void require_memory(bool done) {

@@ -40,15 +40,17 @@ void bind_decode_attention(py::module_& m) {
     py::gil_scoped_release release;
     require_memory(GP_KERNEL(decode_attention)(a));
   });
-  // A contiguous cache of q's type. `addresses`: q, k, v, out, then sinks, lse and seqlens or 0: none,
-  // not given back, `keys` of every sequence. `options`: keys, window_left, window_right, num_splits,
-  // dtype, threads. Returns false, with nothing done, where shapes or strides do not fit.
+  // A contiguous cache. `addresses`: q, k, v, out, then sinks, lse, seqlens, k_scale and v_scale or 0:
+  // none, not given back, `keys` of every sequence, none. `options`: keys, window_left, window_right,
+  // num_splits, dtype, that of the cache, batch stride of the scales, threads. `added` is empty or
+  // seqlen_new, k and v to append, dense (batch, seqlen_new, heads_k, dim or dim_v), then cos and sin
+  // or 0, their dtype, rotary_half, interleaved. Returns false, with nothing done, where shapes or
+  // strides do not fit.
   m.def("decode_whole", [](bool heads_first, const Ints& addresses, const Four& q_shape,
                            const Four& q_stride, const Four& k_shape, const Four& k_stride,
                            const Four& v_shape, const Four& v_stride, const Ints& options,
-                           float scale, float softcap) {
+                           float scale, float softcap, const Ints& added) {
     const Heads h(heads_first, addresses, q_shape, q_stride, k_shape, k_stride, v_shape, v_stride);
-    const int64_t keys = options.at(0);
     if (!h.fits || h.batch_k < h.batch) return false;
     gp::DecodeArgs a{};
     a.batch = h.batch, a.seqlen_q = h.seqlen_q, a.heads = h.heads;
@@ -56,28 +58,53 @@ void bind_decode_attention(py::module_& m) {
     a.window_left = h.side(options.at(1)), a.window_right = h.side(options.at(2));
     a.num_splits = options.at(3), a.scale = scale, a.softcap = softcap;
     a.sinks = pointer_at<const float>(addresses, 4);
-    a.dtype = a.cache.dtype = static_cast<gp::DType>(options.at(4));
-    const bool few = h.batch * h.heads_k * keys * h.dim <= ONE_THREAD;
-    a.threads = few ? 1 : static_cast<int>(options.at(5));
-    a.q = h.q, a.cache.k = h.k, a.cache.v = h.v, a.cache.page_size = keys;
-    a.out = h.out(addresses.at(3)), a.lse = pointer_at<float>(addresses, 5);
-    a.cache.seqlens = pointer_at<const int32_t>(addresses, 6);
-    std::vector<int32_t> seqlens;
-    if (a.cache.seqlens == nullptr) {
-      seqlens.assign(h.batch, static_cast<int32_t>(keys));
-      a.cache.seqlens = seqlens.data();
-    }
+    a.dtype = static_cast<gp::DType>(options.at(4));
+    a.q = h.q, a.out = h.out(addresses.at(3)), a.lse = pointer_at<float>(addresses, 5);
+    gp::DecodeCache& c = a.cache;
+    c.k = h.k, c.v = h.v, c.page_size = h.seqlen_k;
+    c.dtype = static_cast<gp::DType>(options.at(5)), c.scale_batch = options.at(6);
+    c.k_scale = pointer_at<const float>(addresses, 7);
+    c.v_scale = pointer_at<const float>(addresses, 8);
+    std::vector<int32_t> seqlens(h.batch, static_cast<int32_t>(options.at(0)));
+    if (const int32_t* given = pointer_at<const int32_t>(addresses, 6))
+      seqlens.assign(given, given + h.batch);
+    c.seqlens = seqlens.data();
     std::vector<float> lse;
     if (a.lse == nullptr) {
       lse.resize(h.batch * h.heads * h.seqlen_q);
       a.lse = lse.data();
     }
     py::gil_scoped_release release;
+    std::vector<uint32_t> turned;  // room for the rotated queries
+    if (!added.empty()) {
+      const int64_t rows = added.at(0);
+      gp::DecodeAppendArgs n{};
+      n.batch = a.batch, n.seqlen_q = a.seqlen_q, n.seqlen_new = rows, n.heads = a.heads;
+      n.heads_k = a.heads_k, n.dim = a.dim, n.dim_v = a.dim_v, n.dtype = a.dtype, n.cache = c;
+      n.k = dense(added.at(1), rows, a.heads_k, a.dim);
+      n.v = dense(added.at(2), rows, a.heads_k, a.dim_v);
+      n.cos = pointer_at<const void>(added, 3), n.sin = pointer_at<const void>(added, 4);
+      if (n.cos) {
+        n.rotary_dtype = static_cast<gp::DType>(added.at(5));
+        n.rotary_half = added.at(6), n.interleaved = added.at(7), n.positions = c.seqlens;
+        n.q_in_sequence = options.at(1) >= 0 || options.at(2) >= 0;
+        turned.resize(a.batch * a.seqlen_q * a.heads * a.dim);
+        n.q = a.q;
+        a.q = n.q_out = dense(reinterpret_cast<std::uintptr_t>(turned.data()), a.seqlen_q, a.heads,
+                              a.dim);
+      }
+      require_memory(GP_KERNEL(decode_append)(n));
+      for (int32_t& length : seqlens) length += static_cast<int32_t>(rows);
+    }
+    int64_t keys = 0;
+    for (const int32_t length : seqlens) keys += length;
+    const bool few = h.heads_k * keys * h.dim <= ONE_THREAD;
+    a.threads = few ? 1 : static_cast<int>(options.at(7));
     require_memory(GP_KERNEL(decode_attention)(a));
     return true;
   });
-  // `sizes`: batch, seqlen_q, seqlen_new, heads, heads_k, dim, dim_v, dtype. `rotary`: cos, sin,
-  // rotary_half, interleaved, q_in_sequence, positions; or nothing.
+  // `sizes`: batch, seqlen_q, seqlen_new, heads, heads_k, dim, dim_v, dtype. `rotary`: cos, sin, their
+  // dtype, rotary_half, interleaved, q_in_sequence, positions; or nothing.
   m.def("decode_append", [](const Ints& sizes, const Ints& k_cache, const Ints& v_cache,
                             const Ints& rest, const Ints& k, const Ints& v, const Ints& rotary,
                             const Ints& q, const Ints& q_out) {
@@ -88,9 +115,10 @@ void bind_decode_attention(py::module_& m) {
     a.cache = cache(k_cache, v_cache, rest);
     a.k = tensor4(k), a.v = tensor4(v);
     if (!rotary.empty()) {
-      a.cos = pointer_at<const float>(rotary, 0), a.sin = pointer_at<const float>(rotary, 1);
-      a.rotary_half = rotary.at(2), a.interleaved = rotary.at(3), a.q_in_sequence = rotary.at(4);
-      a.positions = pointer_at<const int32_t>(rotary, 5);
+      a.cos = pointer_at<const void>(rotary, 0), a.sin = pointer_at<const void>(rotary, 1);
+      a.rotary_dtype = static_cast<gp::DType>(rotary.at(2));
+      a.rotary_half = rotary.at(3), a.interleaved = rotary.at(4), a.q_in_sequence = rotary.at(5);
+      a.positions = pointer_at<const int32_t>(rotary, 6);
       a.q = tensor4(q), a.q_out = tensor4(q_out);
     }
     py::gil_scoped_release release;

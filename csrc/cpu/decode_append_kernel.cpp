@@ -34,17 +34,28 @@ void store_cache(void* data, int64_t at, float* x, int64_t dim, DType type, floa
   }
 }
 
-void rotate(const DecodeAppendArgs& a, int64_t position, float* x) {
-  const float* cos = a.cos + position * a.rotary_half;
-  const float* sin = a.sin + position * a.rotary_half;
-  for (int64_t d = 0; d < a.rotary_half; ++d) {
-    float* first = a.interleaved ? x + 2 * d : x + d;
-    float* second = a.interleaved ? first + 1 : first + a.rotary_half;
-    const float u = *first, v = *second;
-    *first = u * cos[d] - v * sin[d];
-    *second = u * sin[d] + v * cos[d];
+// The rotation of one position.
+struct Rotation {
+  const DecodeAppendArgs& a;
+  float *cos, *sin;
+
+  Rotation(const DecodeAppendArgs& args, float* memory)
+      : a(args), cos(memory), sin(memory + args.rotary_half) {}
+  void at(int64_t position) const {
+    const int64_t from = position * a.rotary_half;
+    load_row(cos, offset(a.cos, from, a.rotary_dtype), a.rotary_half, a.rotary_dtype);
+    load_row(sin, offset(a.sin, from, a.rotary_dtype), a.rotary_half, a.rotary_dtype);
   }
-}
+  void turn(float* x) const {
+    for (int64_t d = 0; d < a.rotary_half; ++d) {
+      float* first = a.interleaved ? x + 2 * d : x + d;
+      float* second = a.interleaved ? first + 1 : first + a.rotary_half;
+      const float u = *first, v = *second;
+      *first = u * cos[d] - v * sin[d];
+      *second = u * sin[d] + v * cos[d];
+    }
+  }
+};
 
 const void* row_of(const Tensor4& t, int64_t b, int64_t i, int64_t h, DType type) {
   return offset(static_cast<const void*>(t.data), b * t.batch + i * t.seq + h * t.head, type);
@@ -54,9 +65,10 @@ const void* row_of(const Tensor4& t, int64_t b, int64_t i, int64_t h, DType type
 
 bool decode_append(const DecodeAppendArgs& a) {
   const int64_t dim = a.dim > a.dim_v ? a.dim : a.dim_v;
-  Scratch memory(dim * 4);
+  Scratch memory((dim + 2 * a.rotary_half) * 4);
   if (!memory.ok()) return false;
   float* x = memory.as<float>();
+  const Rotation rotation(a, x + dim);
   const DecodeCache& c = a.cache;
   for (int64_t b = 0; b < a.batch; ++b)
     for (int64_t i = 0; i < a.seqlen_new; ++i) {
@@ -66,10 +78,11 @@ bool decode_append(const DecodeAppendArgs& a) {
         page = c.block_table[b * c.table_stride + position / c.page_size];
         slot = position % c.page_size;
       }
+      if (a.cos) rotation.at(a.positions[b] + i);
       for (int64_t h = 0; h < a.heads_k; ++h) {
         const int64_t scale = b * c.scale_batch + h;
         load_row(x, row_of(a.k, b, i, h, a.dtype), a.dim, a.dtype);
-        if (a.cos) rotate(a, a.positions[b] + i, x);
+        if (a.cos) rotation.turn(x);
         store_cache(c.k.data, page * c.k.batch + slot * c.k.seq + h * c.k.head, x, a.dim, c.dtype,
                     c.k_scale ? c.k_scale[scale] : 1.0f);
         load_row(x, row_of(a.v, b, i, h, a.dtype), a.dim_v, a.dtype);
@@ -79,12 +92,14 @@ bool decode_append(const DecodeAppendArgs& a) {
     }
   if (!a.cos) return true;
   for (int64_t b = 0; b < a.batch; ++b)
-    for (int64_t i = 0; i < a.seqlen_q; ++i)
+    for (int64_t i = 0; i < a.seqlen_q; ++i) {
+      rotation.at(a.positions[b] + (a.q_in_sequence ? i : 0));
       for (int64_t h = 0; h < a.heads; ++h) {
         load_row(x, row_of(a.q, b, i, h, a.dtype), a.dim, a.dtype);
-        rotate(a, a.positions[b] + (a.q_in_sequence ? i : 0), x);
+        rotation.turn(x);
         store_row(const_cast<void*>(row_of(a.q_out, b, i, h, a.dtype)), x, a.dim, a.dtype);
       }
+    }
   return true;
 }
 

@@ -43,9 +43,10 @@ struct DecodeAppendArgs {
   DecodeCache cache;
   DType dtype;  // of k and v, and of q and q_out
   Tensor4 k, v;
-  // Rotary embedding of k, and of q into q_out; cos is null without it. The tables are fp32,
+  // Rotary embedding of k, and of q into q_out; cos is null without it. The tables are
   // (positions, rotary_half), contiguous; the first new key is at positions[b].
-  const float *cos, *sin;
+  const void *cos, *sin;
+  DType rotary_dtype;  // f32, bf16 or f16
   int64_t rotary_half;
   bool interleaved;     // pairs (0, 1), (2, 3) ..; else (0, half), (1, half + 1) ..
   bool q_in_sequence;   // query i is at positions[b] + i, else all are at positions[b]

@@ -217,6 +217,8 @@ struct Item {
     for (int64_t c = 0; c < p.ldv; ++c) line[c] = 0.0f;
     for (int64_t part = first; part < last; ++part) {
       const int64_t at = p.row_of(part, head_k) + row;
+      // The next row of every part: half of them lie in another core's cache.
+      for (int64_t c = 0; c < p.ldv; c += 16) GP_PREFETCH(p.sums + (at + 1) * p.ldv + c);
       const float weight = __builtin_expf(p.max[at] - base);
       sum += p.sum[at] * weight;
       const vf factor = v_set(weight);

@@ -28,7 +28,7 @@ import operator
 
 import torch
 
-from .._checks import check_dtype, check_ndim, check_tensor, fail
+from .._checks import check_dtype, check_flags, check_ndim, check_tensor, fail
 from ..ops.attention import attention, checks
 from ..ops.decode_attention import flash_attn_with_kvcache as flash_attn_with_kvcache
 from ..ops.decode_attention.flash import window
@@ -39,7 +39,7 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
                     return_attn_probs=False):  # fmt: skip
     """Attention of q over k and v; see the module for the arguments."""
     return _attend("flash_attn_func", q, k, v, dropout_p, softmax_scale, causal, window_size,
-                   softcap, alibi_slopes, return_attn_probs)  # fmt: skip
+                   softcap, alibi_slopes, deterministic, return_attn_probs)  # fmt: skip
 
 
 def flash_attn_kvpacked_func(q, kv, dropout_p=0.0, softmax_scale=None, causal=False,
@@ -49,7 +49,7 @@ def flash_attn_kvpacked_func(q, kv, dropout_p=0.0, softmax_scale=None, causal=Fa
     name = "flash_attn_kvpacked_func"
     k, v = _parts(name, "kv", kv, 2, ("batch", "seqlen"))
     return _attend(name, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
-                   alibi_slopes, return_attn_probs)  # fmt: skip
+                   alibi_slopes, deterministic, return_attn_probs)  # fmt: skip
 
 
 def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=False,
@@ -59,7 +59,7 @@ def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=Fal
     name = "flash_attn_qkvpacked_func"
     q, k, v = _parts(name, "qkv", qkv, 3, ("batch", "seqlen"))
     return _attend(name, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
-                   alibi_slopes, return_attn_probs)  # fmt: skip
+                   alibi_slopes, deterministic, return_attn_probs)  # fmt: skip
 
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -76,7 +76,7 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
         rows = _paged_rows(name, k, block_table, cu_seqlens_k)
         k, v = (pages.flatten(0, 1).index_select(0, rows) for pages in (k, v))
     return _attend(name, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
-                   alibi_slopes, return_attn_probs,
+                   alibi_slopes, deterministic, return_attn_probs,
                    (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqle
     name = "flash_attn_varlen_kvpacked_func"
     k, v = _parts(name, "kv", kv, 2, ("total",))
     return _attend(name, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
-                   alibi_slopes, return_attn_probs,
+                   alibi_slopes, deterministic, return_attn_probs,
                    (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=0.0,
     name = "flash_attn_varlen_qkvpacked_func"
     q, k, v = _parts(name, "qkv", qkv, 3, ("total",))
     return _attend(name, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
-                   alibi_slopes, return_attn_probs,
+                   alibi_slopes, deterministic, return_attn_probs,
                    (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))  # fmt: skip
 
 
@@ -115,7 +115,9 @@ def _parts(op: str, argument: str, packed, count: int, leading: tuple[str, ...])
 
 
 def _attend(op, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-            return_attn_probs, sequences=None):  # fmt: skip
+            deterministic, return_attn_probs, sequences=None):  # fmt: skip
+    check_flags(op, causal=causal, deterministic=deterministic,
+                return_attn_probs=return_attn_probs)  # fmt: skip
     options = {
         "causal": causal,
         "window_size": window(op, window_size),

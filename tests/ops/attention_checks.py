@@ -39,10 +39,10 @@ def run(inputs: dict, *, backend: str, dtype=None, seed: int = 1, upstream=None)
 def check_oracle(inputs: dict, others: Iterable[dict] = (), backend: str = "native") -> None:
     """A backend by the project's rule.
 
-    The largest error is that of one element, and where the tensor is small, or a few of its elements
-    are far larger than the rest, mostly luck. So a call over the bound is judged again together with
-    one more of `others`, inputs of the same case, and so on to their end: by the rule over all of
-    them as one tensor, where our own largest error stays in the count.
+    The largest error is that of one element, and where the tensor is small, or a few of its
+    elements are far larger than the rest, mostly luck. So a call over the bound is judged again
+    with one more of `others`, inputs of the same case, and so on to their end: by the rule over
+    all of them as one tensor, where our own largest error stays in the count.
     """
     others = iter(others)
     draws = [draw(inputs, backend)]

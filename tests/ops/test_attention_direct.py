@@ -4,6 +4,7 @@ else should see the call."""
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,7 +15,7 @@ from genai_perf import _dispatch
 from genai_perf.ops.attention import native as attention_native
 from genai_perf.ops.attention.op import FORWARD
 from genai_perf.ops.decode_attention import native as decode_native
-from genai_perf.ops.decode_attention.op import READ
+from genai_perf.ops.decode_attention.op import APPEND, READ
 
 LENGTHS = torch.tensor([5, 9], dtype=torch.int32)
 CALLS = {
@@ -40,7 +41,7 @@ def inputs(dtype=torch.float32, seqlen_q=3, **options):
 def op_calls(monkeypatch):
     """How often an op ran."""
     calls = []
-    for op in (FORWARD, READ):
+    for op in (FORWARD, READ, APPEND):
         run = op._run
         monkeypatch.setattr(op, "_run", lambda *a, run=run, **k: calls.append(a) or run(*a, **k))
     return calls
@@ -163,3 +164,36 @@ def test_a_length_past_the_cache():
         gp.decode_attention(q, k, v, cache_seqlens=long)
     empty = gp.decode_attention(q, k, v, cache_seqlens=0)
     assert torch.equal(empty, torch.zeros_like(empty))
+
+
+FLAGS = {
+    "attention": (lambda q, k, v, **o: gp.attention(q, k, v, **o), ("causal", "return_lse")),
+    "decode_attention": (
+        lambda q, k, v, **o: gp.decode_attention(q, k, v, cache_seqlens=9, **o),
+        ("causal", "return_lse", "rotary_interleaved", "check_cache"),
+    ),
+    "flash_attn_func": (
+        lambda q, k, v, **o: gp.flash_attn_func(q, k, v, **o),
+        ("causal", "deterministic", "return_attn_probs"),
+    ),
+    "flash_attn_with_kvcache": (
+        lambda q, k, v, **o: gp.flash_attn_with_kvcache(q, k, v, **o),
+        ("causal", "rotary_interleaved", "return_softmax_lse"),
+    ),
+}
+
+
+ALL_FLAGS = [(name, flag) for name, (_, flags) in FLAGS.items() for flag in flags]
+
+
+@pytest.mark.parametrize(("name", "flag"), ALL_FLAGS)
+def test_flags_are_true_or_false(name, flag):
+    call = FLAGS[name][0]
+    for wrong in ("no", 0, 1, None, 0.5, torch.tensor(True)):
+        with pytest.raises(ValueError, match=rf"^{name}: {flag} must be True or False, got"):
+            call(*inputs(), **{flag: wrong})
+    for value in (True, False):
+        got, want = (call(*inputs(), **{flag: x}) for x in (np.bool_(value), value))
+        assert type(got) is type(want)
+        for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+            assert torch.equal(a, b)

@@ -1,6 +1,6 @@
 """The public `attention`."""
 
-from ..._checks import check_softcap, scale_of_scores
+from ..._checks import check_flags, check_softcap, scale_of_scores
 from . import checks, native
 from .op import FORWARD
 from .options import Options
@@ -86,6 +86,7 @@ def attention(
     arXiv 2309.17453, learned as in GPT-OSS (arXiv 2508.10925). Second derivatives come from the
     reference, exact and slow.
     """
+    check_flags(checks.OP, causal=causal, return_lse=return_lse)
     left, right = checks.window(window_size)
     if causal:
         right = 0

@@ -6,6 +6,7 @@ import torch
 
 from ..._checks import (
     check_dtype,
+    check_flags,
     check_ndim,
     check_same,
     check_softcap,
@@ -17,11 +18,10 @@ from ..._checks import (
 )
 from . import native
 from .op import APPEND, READ
-from .options import New, Options
+from .options import QUANTIZED, New, Options
 from .values import OP, check_values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 
 
 def decode_attention(
@@ -114,17 +114,21 @@ def decode_attention(
     rotary's positions are those of flash_attn_with_kvcache; pages, Kwon et al. (arXiv 2309.06180);
     rotary embedding, Su et al. (arXiv 2104.09864).
     """
+    check_flags(OP, rotary_interleaved=rotary_interleaved, causal=causal, check_cache=check_cache,
+                return_lse=return_lse)  # fmt: skip
     left, right = check_window(OP, window_size)
     if causal:
         right = 0
+    new = None
+    if not (k is v is rotary_cos is rotary_sin is rotary_seqlens is None):
+        new = New(k, v, rotary_cos, rotary_sin, rotary_seqlens, bool(rotary_interleaved))
     plain = (
-        backend is None and k is None and v is None and block_table is None and k_scale is None
-        and v_scale is None and alibi_slopes is None and cache_batch_idx is None
-        and cache_leftpad is None and rotary_cos is None and rotary_sin is None
-        and rotary_seqlens is None
+        backend is None and block_table is None and alibi_slopes is None
+        and cache_batch_idx is None and cache_leftpad is None
     )  # fmt: skip
     if plain and (found := native.direct(q, k_cache, v_cache, cache_seqlens, (left, right),
                                          softmax_scale, softcap, num_splits, sinks,
+                                         scales=(k_scale, v_scale), new=new,
                                          return_lse=return_lse)):  # fmt: skip
         return found if return_lse else found[0]
     plain = k_scale is None and v_scale is None and heads_fit(q, k_cache, v_cache, DTYPES)
@@ -169,9 +173,6 @@ def decode_attention(
         softcap=softcap,
         num_splits=num_splits,
     )
-    new = None
-    if k is not None:
-        new = New(k, v, rotary_cos, rotary_sin, rotary_seqlens, bool(rotary_interleaved))
     if check_cache:
         check_values(k_cache, options, new)
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():

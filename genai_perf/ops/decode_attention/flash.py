@@ -2,7 +2,7 @@
 
 import operator
 
-from ..._checks import fail
+from ..._checks import check_flags, fail
 from .api import decode_attention
 
 OP = "flash_attn_with_kvcache"
@@ -56,6 +56,8 @@ def flash_attn_with_kvcache(
 
     Source: the documented interface of flash-attn 2.8.
     """
+    check_flags(OP, causal=causal, rotary_interleaved=rotary_interleaved,
+                return_softmax_lse=return_softmax_lse)  # fmt: skip
     if cache_seqlens is None:
         if k is not None:
             fail(OP, "cache_seqlens", "given where k and v are appended", "None")

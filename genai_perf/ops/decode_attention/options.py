@@ -2,8 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+# The dtypes of a cache that have scales.
+QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 SCHEMA = (
     "Tensor cache_seqlens, Tensor? block_table, Tensor? cache_batch_idx, Tensor? cache_leftpad,"
     " Tensor? k_scale, Tensor? v_scale, Tensor? alibi_slopes, Tensor? sinks, int window_left,"
