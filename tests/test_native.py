@@ -78,3 +78,25 @@ def test_a_forked_child_computes():
     """GNU's OpenMP hangs in the child of a process that used it; the kernels do not."""
     done = subprocess.run([sys.executable, "-c", FORKING], timeout=120, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_weight_that_is_used_moves_to_huge_pages_once(monkeypatch):
+    """From 4 MB on, at the first call; never what other processes share; its numbers stay."""
+    moved = []
+    gather = _C.gather_huge_pages
+    monkeypatch.setattr(
+        _C, "gather_huge_pages", lambda at, size: moved.append((at, size)) or gather(at, size)
+    )
+    large, small = torch.randn(4096, 2048), torch.randn(64, 2048)
+    x = torch.randn(2, 2048)
+    for dense, times in ((large, 1), (small, 0)):
+        q = gp.quantize(dense, "nf4")
+        before = q.qdata.clone()
+        first, second = gp.quant_matmul(x, q), gp.quant_matmul(x, q)
+        assert torch.equal(first, second) and torch.equal(before, q.qdata)
+        assert moved == [(q.qdata.data_ptr(), q.qdata.nbytes)] * times
+        moved.clear()
+    shared = gp.quantize(large, "nf4")
+    shared.qdata.share_memory_()
+    gp.quant_matmul(x, shared)
+    assert not moved

@@ -24,6 +24,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("prefer_huge_pages", [](std::uintptr_t data, int64_t bytes) {
     gp::prefer_huge_pages(as_pointer<void>(data), bytes);
   });
+  m.def("gather_huge_pages", [](std::uintptr_t data, int64_t bytes) {
+    py::gil_scoped_release release;
+    gp::gather_huge_pages(as_pointer<void>(data), bytes);
+  });
   m.def("use_openmp_of", [](const std::string& name) { return gp::use_openmp_of(name.c_str()); });
   m.def("uses_openmp", &gp::uses_openmp);
   m.def("read_memory", [](std::uintptr_t data, int64_t bytes, int threads) {

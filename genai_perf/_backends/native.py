@@ -66,5 +66,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
+def gather(tensor: torch.Tensor | None) -> None:
+    """Puts a large tensor that is to be read often into huge pages, unless processes share it."""
+    if tensor is not None and tensor.nbytes >= HUGE_BYTES and not tensor.is_shared():
+        lib().gather_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
 def threads() -> int:
     return torch.get_num_threads()

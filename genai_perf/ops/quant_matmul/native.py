@@ -98,6 +98,8 @@ def _packed(q) -> "Packed | None":
     weight = (q.qdata, q.scale, q.zero_point, q.nested_scale, q.scale_offset)
     plain = all(t is None or is_plain(t) for t in weight)
     if plain and native.why_not(*weight) is None and len(q.shape) == 2 and q.format in FORMAT_CODES:
+        for tensor in weight:
+            native.gather(tensor)
         return Packed(q.format, *q.shape, weight, q.group_size)
     return None
 
