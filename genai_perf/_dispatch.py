@@ -26,7 +26,7 @@ from torch._C import (
     _is_torch_function_mode_enabled,
     _len_torch_dispatch_stack,
 )
-from torch.autograd import _profiler_enabled
+from torch.autograd import _profiler_enabled, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
@@ -48,6 +48,7 @@ def unwatched() -> bool:
         or _are_functorch_transforms_active()
         or _get_tracing_state() is not None
         or _profiler_enabled()
+        or forward_ad._current_level >= 0
         or _explaining.get()
     )
 
@@ -76,6 +77,14 @@ def goes_direct(*tensors: torch.Tensor) -> bool:
         if wants_grad and t.requires_grad:
             return False
     return native.unavailable() is None
+
+
+def has_tangent(*values: object) -> bool:
+    """Whether a tensor among them carries a forward-mode derivative of the level that is open."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
+        for x in values
+    )
 
 
 @dataclass(frozen=True)
@@ -120,14 +129,18 @@ class Op:
         self._warned = False
         self._modules: dict[str, ModuleType] = {}
         self._function: type[torch.autograd.Function] | None = None
+        self._differentiates = False
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         torch_library.register_fake(f"genai_perf::{name}", fake, lib=LIBRARY)
         self._overload = getattr(torch.ops.genai_perf, name).default
 
     def __call__(self, *args, backend: str | None = None):
-        if not is_compiling() and _explaining.get():
-            raise _Explained(self.explain(*args, backend=backend))
+        if not is_compiling():
+            if _explaining.get():
+                raise _Explained(self.explain(*args, backend=backend))
+            if has_tangent(*args):
+                return self._forward_mode(*args, backend=backend)
         if unwatched():
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
             if all(map(is_plain, tensors)):
@@ -137,11 +150,25 @@ class Op:
                     return self._function.apply(*args, backend)
         return self._overload(*args, backend=backend)
 
-    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+    def register_autograd(self, backward: Callable, *, setup_context: Callable,
+                          of_reference: bool = False) -> None:  # fmt: skip
+        """`of_reference`: torch's derivative of the reference is the same, so that it serves
+        forward-mode (where x is rounded it is not: that would be zero)."""
+        self._differentiates = of_reference
         torch_library.register_autograd(
             f"genai_perf::{self.name}", backward, setup_context=setup_context, lib=LIBRARY
         )
         self._function = _function(self._run, backward, setup_context)
+
+    def _forward_mode(self, *args, backend: str | None):
+        """By torch's own operations in the reference: an op would lose its tangents."""
+        if not self._differentiates:
+            raise NotImplementedError(f"{self.name}: has no forward-mode derivative (jvp), got a "
+                                      "tensor with a tangent")  # fmt: skip
+        if backend not in (None, "reference"):
+            raise BackendUnsupported(f"{self.name}: forward-mode derivatives (jvp) come from the "
+                                     f"reference, got backend {backend!r}")  # fmt: skip
+        return getattr(self._module("reference"), self.entry)(*args)
 
     def _module(self, backend: str) -> ModuleType:
         if backend not in self._modules:

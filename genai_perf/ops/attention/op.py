@@ -112,5 +112,5 @@ def _backward_second(ctx, *grads):
     return dout, dlse, q, k, v, None, None, None, *tensors, *_NO_GRADS
 
 
-FORWARD.register_autograd(_backward, setup_context=_setup_context)
-BACKWARD.register_autograd(_backward_second, setup_context=_setup_second)
+FORWARD.register_autograd(_backward, setup_context=_setup_context, of_reference=True)
+BACKWARD.register_autograd(_backward_second, setup_context=_setup_second, of_reference=True)

@@ -110,7 +110,7 @@ def _backward_int4_int8(ctx, dy):
     return dx, None, None, None, dbias, None
 
 
-QUANT_MATMUL.register_autograd(_backward, setup_context=_setup_context)
+QUANT_MATMUL.register_autograd(_backward, setup_context=_setup_context, of_reference=True)
 QUANT_MATMUL_INT8.register_autograd(_backward_rounded, setup_context=_setup_rounded("int8"))
 QUANT_MATMUL_OUTLIERS.register_autograd(_backward_rounded, setup_context=_setup_rounded("int8"))
 QUANT_MATMUL_FP8.register_autograd(_backward_rounded, setup_context=_setup_rounded("fp8_240"))

@@ -45,7 +45,7 @@ def _backward(ctx, dy):
     return dx, None, None, None, None, dbias, None, None, None
 
 
-SPARSE_MATMUL.register_autograd(_backward, setup_context=_setup_context)
+SPARSE_MATMUL.register_autograd(_backward, setup_context=_setup_context, of_reference=True)
 
 
 def sparse_matmul(x: torch.Tensor, weight: SparseTensor, bias: torch.Tensor | None = None,
