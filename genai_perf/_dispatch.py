@@ -34,6 +34,8 @@ from ._backends import native
 from ._config import CONFIG
 from ._errors import BackendUnsupported
 
+# Every backend that some op has; "semi_structured" is torch's own kernel.
+BACKENDS = ("cuda", "semi_structured", "triton", "nki", "native", "reference")
 LIBRARY = torch_library.Library("genai_perf", "DEF")
 _NATIVE_FIRST = CONFIG.backend in (None, "native") and not CONFIG.triton_interpret
 _explaining: ContextVar[bool] = ContextVar("genai_perf_explaining", default=False)
@@ -184,6 +186,9 @@ class Op:
 
     def _choose(self, args: tuple, backend: str | None, *, quiet: bool = False) -> str:
         if backend is not None:
+            if backend in BACKENDS and backend not in self.backends:
+                raise BackendUnsupported(f"{self.name}: {backend} has no kernel for it, "
+                                         f"only {', '.join(self.backends)}")  # fmt: skip
             if backend not in self.backends:
                 raise ValueError(f"{self.name}: backend must be one of "
                                  f"{', '.join(self.backends)}, got {backend!r}")  # fmt: skip

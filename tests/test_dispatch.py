@@ -44,6 +44,8 @@ def test_named_backend_runs_or_raises_with_its_reason(op):
         op(torch.ones(3, 3), backend="fast")
     with pytest.raises(gp.BackendUnsupported, match="broken is never available"):
         op(torch.ones(3), backend="broken")
+    with pytest.raises(gp.BackendUnsupported, match="cuda has no kernel for it, only broken, fast"):
+        op(torch.ones(3), backend="cuda")
     with pytest.raises(ValueError, match="backend must be one of broken, fast, reference, got 'x'"):
         op(torch.ones(3), backend="x")
 

@@ -54,7 +54,7 @@ class Variant:
     call: what is timed.
     result: from what `call` returns to named outputs in the op's own layout; not timed.
     numerics: the type it rounds activations to on purpose, where that is not the problem's dtype:
-        "bfloat16", "float16", "int8" or "int7"; its error is judged by that type's.
+        "bfloat16", "float16", "fp8", "int8" or "int7"; its error is judged by that type's.
     weight: the dense weight it holds, where its format is not the problem's own.
     """
 

@@ -20,7 +20,8 @@ class QuantConfig:
     """A format and its options, as the keywords of `genai_perf.quantize`.
 
     activations: "int8" to round those of each token too, before they meet int8 weights, or those of
-        each group of columns, before they meet int4 weights; of `quant_matmul`.
+        each group of columns, before they meet int4 weights; "fp8" likewise before fp8 weights;
+        of `quant_matmul`.
     threshold: with it, columns of activations this large stay as they are; of `quant_matmul`.
     search: choose the scales of int4, int3 and int2 for the least squared error.
     """
@@ -39,9 +40,10 @@ class QuantConfig:
     def __post_init__(self):
         get(self.format).spec(**self._options())
         check_search(get(self.format), self.search)
-        taken = self.activations == "int8" and self.format in ("int8", "int4")
-        if self.activations is not None and not taken:
-            fail("QuantConfig", "activations", "None, or 'int8' with the format int8 or int4",
+        meets = {None: (self.format,), "int8": ("int8", "int4"), "fp8": ("fp8", "fp8_240")}
+        if self.format not in meets.get(self.activations, ()):
+            fail("QuantConfig", "activations",
+                 "None, or 'int8' with the format int8 or int4, or 'fp8' with fp8 or fp8_240",
                  f"{self.activations!r} with {self.format}")  # fmt: skip
         outliers.check(self.activations, self.threshold, self.format)
 

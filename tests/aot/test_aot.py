@@ -15,7 +15,8 @@ from genai_perf.testing.aot import gate
 
 # package -> kernels in the subset
 KERNELS = {"ops.decode_attention": 4, "ops.distill_loss": 1, "ops.sparse_matmul": 4,
-           "ops.optimizer_step": 1, "ops.quantize": 3, "compression": 2}  # fmt: skip
+           "ops.optimizer_step": 1, "ops.quantize": 4, "ops.quant_matmul": 5,
+           "compression": 2}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", CHIPS)

@@ -33,8 +33,10 @@ def test_no_gpu_is_said_in_a_sentence(gpu, tmp_path, capsys):
 def test_it_goes_on_with_the_ops_that_are_not_whole(gpu, tmp_path, monkeypatch):
     measured = []
 
-    def measure(op, path, seconds, device):
+    def measure(op, variants, path, seconds, device):
         measured.append(op)
+        assert "native" in variants and "reference" not in variants
+        assert ("native:int8-x" in variants) == (op == "quant_matmul")
         report = bench_report() | {"left_out": ["a case"] if op == "quantize" else []}
         report["provenance"]["commit"] = gpu.commit()
         results.write(path, report)

@@ -124,3 +124,61 @@ def test_both_ways_of_a_call_agree():
     one = products(case)
     two = products(replace(case, m=3))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+ROUNDED = {
+    "int8": ("int8", {}, "int8"),
+    "fp8": ("fp8", {}, "fp8"),
+    "fp8-tensor": ("fp8", {"granularity": "tensor"}, "fp8"),
+    "fp8-block": ("fp8", {"granularity": "block"}, "fp8"),
+    "fp8-group": ("fp8", {"granularity": "group"}, "fp8"),
+    "fp8_240": ("fp8_240", {}, "fp8"),
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_rows(name, own, monkeypatch):
+    """int8 has the bits of the reference; fp8 adds exact products of its codes in float32, which
+    the chip multiplies itself (own) or as float16."""
+    fmt, options, activations = ROUNDED[name]
+    if own and DEVICE == "cpu" and activations == "fp8":
+        from genai_perf.ops.quant_matmul.triton import rounded
+
+        monkeypatch.setattr(rounded, "kind", lambda format, arch: rounded.FP8.value)
+    for m, n, k in ((1, 1, 1), (3, 43, 172), (33, 70, 256), (17, 130, 300)):
+        for dtype in (torch.float32, torch.bfloat16):
+            case = cases.Case("", m, n, k, fmt, options, dtype, bias=True)
+            x, weight, bias = cases.make_inputs(case, DEVICE)
+            if m > 2:
+                x[0], x[2, -1] = 0, torch.nan
+            want = gp.quant_matmul(x, weight, bias, activations=activations, backend="reference")
+            got = gp.quant_matmul(x, weight, bias, activations=activations, backend="triton")
+            if fmt == "int8":
+                assert torch.equal(got.nan_to_num(7e9), want.nan_to_num(7e9))
+            else:
+                tight = 1e-5 if dtype == torch.float32 else 1e-2
+                torch.testing.assert_close(got, want, rtol=tight, atol=tight, equal_nan=True)
+
+
+def test_outlier_columns():
+    x, weight, bias = cases.make_inputs(cases.Case("", 5, 43, 172, "int8", bias=True), DEVICE)
+    x[1, 7] = 60.0
+    options = {"activations": "int8", "threshold": 6.0}
+    want = gp.quant_matmul(x, weight, bias, **options, backend="reference")
+    assert torch.equal(gp.quant_matmul(x, weight, bias, **options, backend="triton"), want)
+
+
+def test_a_rounded_row_does_not_see_the_others():
+    for fmt, options, activations in ROUNDED.values():
+        case = cases.Case("", 20, 43, 172, fmt, options)
+        x, weight, _ = cases.make_inputs(case, DEVICE)
+        whole = gp.quant_matmul(x, weight, activations=activations, backend="triton")
+        alone = gp.quant_matmul(x[17:], weight, activations=activations, backend="triton")
+        assert torch.equal(alone, whole[17:])
+        guard = torch.full((40, 200), torch.nan, device=DEVICE)
+        guard[::2, 5:177] = x
+        spread = guard[::2, 5:177]
+        assert torch.equal(
+            gp.quant_matmul(spread, weight, activations=activations, backend="triton"), whole
+        )

@@ -42,6 +42,13 @@ def test_rows_of_any_width_and_none(format):
         assert_bits(torch.randn(shape, generator=torch.Generator().manual_seed(1)), format)
 
 
+@pytest.mark.parametrize("format", FP8_SHAPES)
+def test_the_last_group_of_a_row_may_be_short(format):
+    for shape in ((1, 1), (3, 172), (2, 5, 130)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        assert_bits(x, format, granularity="group")
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_ties_and_extreme_magnitudes(name):
     format, options = cases.VARIANTS[name]

@@ -15,9 +15,10 @@ from types import ModuleType
 
 from ..problem import Problem, Unsupported, Variant, choose
 
-FILES = ("torch_sdpa", "flex_attention", "flash_attn", "xformers", "torch_dense", "torch_reference",
-         "bitsandbytes", "torchao", "onnxruntime", "gptqmodel", "compressed_tensors", "torch_naive",
-         "liger_kernel", "trl", "torch_adamw", "ours")  # fmt: skip
+FILES = ("torch_sdpa", "flex_attention", "flash_attn", "xformers", "torch_dense", "torch_rounded",
+         "torch_reference", "bitsandbytes", "torchao", "onnxruntime", "gptqmodel",
+         "compressed_tensors", "torch_naive", "liger_kernel", "trl", "torch_adamw",
+         "ours")  # fmt: skip
 # Where the distribution is not named like the module.
 _DISTRIBUTIONS = {"flash_attn": "flash-attn", "compressed_tensors": "compressed-tensors",
                   "liger_kernel": "liger-kernel"}  # fmt: skip

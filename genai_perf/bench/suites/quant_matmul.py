@@ -15,8 +15,9 @@ __all__ = ["check", "named"]
 PHASES = linear.PHASES
 BASELINE = "torch-dense"
 BACKENDS = QUANT_MATMUL.backends
-INT8 = "native:int8-x"
-EXTRA = (INT8,)
+# Rows of x rounded to a type: what it is, and the formats of W that it meets.
+ROUNDED = {"int8-x": ("int8", ("int8", "int4")), "fp8-x": ("fp8", ("fp8",))}
+EXTRA = tuple(f"{backend}:{name}" for backend in ("triton", "native") for name in ROUNDED)
 HEADLINE = ("nf4-1x4096x4096-float32", "nf4-1x4096x4096-bfloat16", "int4-1x4096x4096-float32",
             "int4-128x4096x4096-float32", "int8-1x4096x4096-float32",
             "fp8-1x4096x4096-float32")  # fmt: skip
@@ -34,15 +35,15 @@ def make(case, phase: str, device: str, seed: int) -> Problem:
 
 def own(problem: Problem, backend: str) -> Variant:
     x, weight = problem.inputs["x"], problem.inputs["weight"]
-    if backend != INT8:
+    backend, _, rounding = backend.partition(":")
+    if not rounding:
         return linear.variant(problem, lambda x: quant_matmul(x, weight, backend=backend), x)
-    if weight.format not in ("int8", "int4") or problem.phase != "forward":
+    kind, formats = ROUNDED[rounding]
+    if weight.format not in formats or problem.phase != "forward":
         raise BackendUnsupported(
-            f"{INT8}: int8 activations are for the forward of int8 and int4 weights"
+            f"{rounding}: {kind} activations are for the forward of {' and '.join(formats)} weights"
         )
     return linear.variant(
-        problem,
-        lambda x: quant_matmul(x, weight, activations="int8", backend="native"),
-        x,
-        numerics="int8",
-    )
+        problem, lambda x: quant_matmul(x, weight, activations=kind, backend=backend), x,
+        numerics=kind,
+    )  # fmt: skip

@@ -31,7 +31,7 @@ QUANT_MATMUL_BACKWARD = Op(
 
 
 def _rounded(entry: str, backends: tuple[str, ...], option: str = "") -> Op:
-    """The op whose rows of x are rounded: to `entry`, or to int8 by `entry` with an `option`."""
+    """The op whose rows of x are rounded, which may take more: `option`."""
     return Op(
         __package__,
         f"quant_matmul_{entry}",
@@ -45,10 +45,12 @@ def _rounded(entry: str, backends: tuple[str, ...], option: str = "") -> Op:
     )
 
 
-QUANT_MATMUL_INT8 = _rounded("int8", ("nki", "native", "reference"))
-QUANT_MATMUL_FP8 = _rounded("fp8", ("nki", "reference"))
+QUANT_MATMUL_INT8 = _rounded("int8", ("triton", "nki", "native", "reference"))
+QUANT_MATMUL_FP8 = _rounded("fp8", ("triton", "nki", "native", "reference"),
+                            ", str format, int group_size")  # fmt: skip
 # How many columns are outliers depends on the data: an op of its own keeps that out of a graph.
-QUANT_MATMUL_OUTLIERS = _rounded("outliers", ("nki", "native", "reference"), ", float threshold")
+QUANT_MATMUL_OUTLIERS = _rounded("outliers", ("triton", "nki", "native", "reference"),
+                                 ", float threshold")  # fmt: skip
 QUANT_MATMUL_INT4_INT8 = Op(
     __package__,
     "quant_matmul_int4_int8",
@@ -69,13 +71,11 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*weight)
 
 
-def _setup_rounded(format: str):
-    def setup(ctx, inputs, keyword_only_inputs, output):
-        x, qdata, scale, bias, *ctx.option = inputs
-        weight = (qdata, scale, None, None, None)
-        _setup_context(ctx, (x, *weight, bias, format, -1, None), keyword_only_inputs, output)
-
-    return setup
+def _setup_rounded(ctx, inputs, keyword_only_inputs, output):
+    x, qdata, scale, bias, *ctx.option = inputs
+    kind = ctx.option if len(ctx.option) == 2 else ("int8", -1)  # format, group_size
+    weight = (qdata, scale, None, None, None)
+    _setup_context(ctx, (x, *weight, bias, *kind, None), keyword_only_inputs, output)
 
 
 def _straight_through(ctx, dy, bias_at: int):
@@ -111,9 +111,9 @@ def _backward_int4_int8(ctx, dy):
 
 
 QUANT_MATMUL.register_autograd(_backward, setup_context=_setup_context, of_reference=True)
-QUANT_MATMUL_INT8.register_autograd(_backward_rounded, setup_context=_setup_rounded("int8"))
-QUANT_MATMUL_OUTLIERS.register_autograd(_backward_rounded, setup_context=_setup_rounded("int8"))
-QUANT_MATMUL_FP8.register_autograd(_backward_rounded, setup_context=_setup_rounded("fp8_240"))
+QUANT_MATMUL_INT8.register_autograd(_backward_rounded, setup_context=_setup_rounded)
+QUANT_MATMUL_OUTLIERS.register_autograd(_backward_rounded, setup_context=_setup_rounded)
+QUANT_MATMUL_FP8.register_autograd(_backward_rounded, setup_context=_setup_rounded)
 QUANT_MATMUL_INT4_INT8.register_autograd(_backward_int4_int8, setup_context=_setup_int4_int8)
 
 
@@ -160,14 +160,16 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
     y[..., n] = sum_g float(sum_{k in g} q[..., k] * (qdata[n, k] - zero[n, g])) * scale[n, g] *
     scale[..., g] + bias[n], each group of a row of x rounded by its own largest magnitude; sums
     over k are exact, those over g in fp32.
-    With activations="fp8" the same in fp8_240, sums in fp32: two products a cycle on AWS trn2.
+    With activations="fp8" the same in fp8, as W is, with sums in fp32: rows of x share a scale if
+    rows of W do, or all of W does; 128 columns of a row of x share one if W has a scale for 128 x
+    128 or 1 x 128 elements, and sums of 128 products meet their scales before they are added.
 
     Args:
         x: (..., K), fp32, bf16 or fp16.
         qweight: W of shape (N, K), in any format of `genai_perf.formats`.
         bias: (N), fp32, bf16 or fp16, or None.
         activations: None: as they are; or "int8", for a weight in int8 with K at most 131072, or in
-            int4; or "fp8", for a weight in fp8_240 by row.
+            int4; or "fp8", for a weight in fp8 or fp8_240.
         threshold: with activations="int8" and int8 weights: a column of x that holds this
             magnitude or more in any row is not rounded, and meets the dequantized column of W in
             fp32 (LLM.int8; 6.0 is its choice). 0: none.
@@ -184,7 +186,8 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
 
     Source: QLoRA, arXiv:2305.14314, section 3 (a product over stored 4-bit weights); LLM.int8(),
     arXiv:2208.07339, section 2 (rows of x and W in int8); groups of x in int8 as onnxruntime's
-    MatMulNBits has them at accuracy level 4.
+    MatMulNBits has them at accuracy level 4; fp8 in blocks, DeepSeek-V3, arXiv:2412.19437, section
+    3.3.2.
     """
     if (
         backend is None
@@ -213,11 +216,10 @@ def quant_matmul(x: torch.Tensor, qweight: QuantizedTensor, bias: torch.Tensor |
             return QUANT_MATMUL_OUTLIERS(x, *weight, bias, float(threshold), backend=backend)
         return QUANT_MATMUL_INT8(x, *weight, bias, backend=backend)
     if activations == "fp8":
-        if qweight.format != "fp8_240" or qweight.group_size != -1:
-            fail("quant_matmul", "qweight", "fp8_240 by row for fp8 activations",
-                 f"{qweight.format} with group_size {qweight.group_size}")  # fmt: skip
+        if qweight.format not in ("fp8", "fp8_240"):
+            fail("quant_matmul", "qweight", "fp8 or fp8_240 for fp8 activations", qweight.format)
         return QUANT_MATMUL_FP8(x, qweight.qdata.view(torch.uint8), qweight.scale, bias,
-                                backend=backend)  # fmt: skip
+                                qweight.format, qweight.group_size, backend=backend)  # fmt: skip
     # fp8 codes pass as bytes: torch cannot compare fp8 tensors, which opcheck does.
     codes = qweight.qdata.view(torch.uint8) if qweight.qdata.is_floating_point() else qweight.qdata
     return QUANT_MATMUL(x, codes, qweight.scale, qweight.zero_point, qweight.nested_scale,

@@ -2,8 +2,9 @@
 
 import torch
 
-from ...formats import QuantizedTensor, Spec, get
+from ...formats import QuantizedTensor, get
 from .outliers import multiply
+from .rounding import in_groups, rounded
 
 
 def weight(qdata, scale, zero_point, nested_scale, scale_offset, format, group_size, shape):
@@ -41,18 +42,16 @@ def why_not_int8(*args) -> None:
     return None
 
 
-why_not_fp8 = why_not_int8
-
-
-def rounded(x, format: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale (..., 1)) of the rows of x; the scale of one with inf or NaN is NaN."""
-    finite = torch.isfinite(x).all(-1, keepdim=True)
-    parts = get(format).encode(torch.where(finite, x, 0).float(), Spec())
-    return parts["qdata"], torch.where(finite, parts["scale"], torch.nan)
-
-
 def int8(x, qdata, scale, bias):
     return _product(x, "int8", qdata, scale, bias)
+
+
+def why_not_outliers(*args) -> None:
+    return None
+
+
+def outliers(x, qdata, scale, bias, threshold):
+    return multiply(x, qdata, scale, bias, threshold, int8)
 
 
 def why_not_int4_int8(*args) -> None:
@@ -61,30 +60,38 @@ def why_not_int4_int8(*args) -> None:
 
 def int4_int8(x, qdata, scale, zero_point, bias, group_size):
     n, k = qdata.shape[0], x.shape[-1]
-    w_scale, size = scale.float(), group_size if group_size > 0 else max(k, 1)
-    unit = torch.ones_like(w_scale)
-    w = weight(qdata, unit, zero_point, None, None, "int4", group_size, (n, k)).double()
-    y = x.new_zeros((*x.shape[:-1], n), dtype=torch.float32)
-    for g, first in enumerate(range(0, k, size)):
-        codes, x_scale = rounded(x[..., first : first + size], "int8")
-        sums = (codes.double() @ w[:, first : first + size].T).float()  # exact, then rounded once
-        y += sums * (w_scale[:, g] * x_scale)
-    return (y + (0.0 if bias is None else bias.float())).to(x.dtype)
+    unit = torch.ones_like(scale.float())
+    codes = weight(qdata, unit, zero_point, None, None, "int4", group_size, (n, k))
+    size = group_size if group_size > 0 else max(k, 1)
+    return _product_of_groups(x, "int8", codes, scale.float(), size, bias)
 
 
-def fp8(x, qdata, scale, bias):
-    return _product(x, "fp8_240", qdata.view(torch.float8_e4m3fn), scale, bias)
+def why_not_fp8(*args) -> None:
+    return None
 
 
-why_not_outliers = why_not_int8
-
-
-def outliers(x, qdata, scale, bias, threshold):
-    return multiply(x, qdata, scale, bias, threshold, int8)
+def fp8(x, qdata, scale, bias, format, group_size):
+    codes = qdata.view(get(format).code_dtype)
+    if not in_groups(group_size):
+        return _product(x, format, codes, scale, bias)
+    if group_size > 0:  # a scale for 128 rows, too
+        scale = scale.repeat_interleave(group_size, 0)[: qdata.shape[0]]
+    return _product_of_groups(x, format, codes, scale, abs(group_size), bias)
 
 
 def _product(x, format, qdata, scale, bias):
     codes, x_scale = rounded(x, format)
     sums = (codes.double() @ qdata.double().T).float()  # exact, then rounded once
     y = sums * scale.float().T * x_scale
+    return (y + (0.0 if bias is None else bias.float())).to(x.dtype)
+
+
+def _product_of_groups(x, format, w, scale, size, bias):
+    """w: codes (n, k), scale (n, ceil(k / size)): `size` columns share one, in x as in w."""
+    y = x.new_zeros((*x.shape[:-1], w.shape[0]), dtype=torch.float32)
+    for g, first in enumerate(range(0, x.shape[-1], size)):
+        codes, x_scale = rounded(x[..., first : first + size], format)
+        part = w[:, first : first + size].double()
+        sums = (codes.double() @ part.T).float()  # exact, then rounded once
+        y += sums * (scale[:, g] * x_scale)
     return (y + (0.0 if bias is None else bias.float())).to(x.dtype)

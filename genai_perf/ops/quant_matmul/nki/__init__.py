@@ -3,8 +3,8 @@
 import torch
 
 from ...._backends import nki as toolchain
-from ....formats import Spec, get
 from ..outliers import multiply
+from ..rounding import rounded
 from . import layout
 
 FORMATS = ("int8", "fp8", "fp8_240", "fp8_e5m2", "nf4", "int4")
@@ -83,15 +83,10 @@ def why_not_int8(x, qdata, scale, bias) -> str | None:
     return toolchain.why_not(x, qdata, scale, bias)
 
 
-why_not_fp8 = why_not_int8
-
-
-def _rounded(x, format: str):
-    """(codes (M, K), scale (1, M)) of the rows of x; the scale of one with inf or NaN is NaN."""
-    rows = x.reshape(-1, x.shape[-1])
-    finite = torch.isfinite(rows).all(-1, keepdim=True)
-    parts = get(format).encode(torch.where(finite, rows, 0).float(), Spec())
-    return parts["qdata"], torch.where(finite, parts["scale"], torch.nan).reshape(1, -1)
+def why_not_fp8(x, qdata, scale, bias, format, group_size) -> str | None:
+    if (format, group_size) != ("fp8_240", -1):
+        return f"nki rounds x to fp8 for fp8_240 weights by row, got {format} with {group_size}"
+    return toolchain.why_not(x, qdata, scale, bias)
 
 
 def _both_rounded(x, qdata, scale, bias, format: str):
@@ -101,13 +96,13 @@ def _both_rounded(x, qdata, scale, bias, format: str):
         return y if bias is None else y + bias.to(y.dtype)
     from . import activation_kernels
 
-    codes, x_scale = _rounded(x, format)
+    codes, x_scale = rounded(x.reshape(-1, x.shape[-1]), format)
     kernel, weight = activation_kernels.w8a8_matmul, qdata
     if format == "fp8_240":
         kernel = activation_kernels.fp8_matmul
         codes, weight = (layout.padded(c.view(torch.uint8), 2).contiguous().view(torch.uint16)
                          for c in (codes, qdata))  # fmt: skip
-    y = toolchain.launch(kernel, codes, weight, x_scale,
+    y = toolchain.launch(kernel, codes, weight, x_scale.reshape(1, -1),
                          scale.float().reshape(1, n), _bias(bias, n, x), x.reshape(-1, 1)[:1],
                          bias is not None)  # fmt: skip
     return y.reshape(*x.shape[:-1], n)
@@ -125,5 +120,5 @@ def outliers(x, qdata, scale, bias, threshold):
     return multiply(x, qdata, scale, bias, threshold, int8)
 
 
-def fp8(x, qdata, scale, bias):
+def fp8(x, qdata, scale, bias, format, group_size):
     return _both_rounded(x, qdata, scale, bias, "fp8_240")

@@ -18,6 +18,7 @@ INTERPRETER = {
     "gemv": {"BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 1, "num_stages": 1},
     "gemm": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 1, "num_stages": 1},
     "dx": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 1, "num_stages": 1},
+    "rounded": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 1, "num_stages": 1},
 }
 
 
@@ -47,6 +48,30 @@ def choose(kernel: str, x: torch.Tensor, format: str, n: int, k: int) -> dict[st
     exact = {"kernel": kernel, "dtype": dtype, "format": format}
     measured = toolchain.measured(TUNED, x.device, exact, {"n": n, "k": k})
     return measured or rule(kernel, toolchain.arch(x.device), x.dtype, pairs=k % 2 == 0)
+
+
+def rounded_rule(arch: str, m: int, *, own: bool, groups: bool) -> dict[str, int]:
+    """Launch keywords of "rounded", whose BLOCK_K is the 128 columns that share a scale with
+    `groups`. `own`: the chip multiplies the codes themselves, not as float16."""
+    if arch == "interpreter":
+        return INTERPRETER["rounded"]
+    amd = arch.startswith("gfx")
+    if m <= 16:
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4,
+                "num_stages": 2 if amd else 4}  # fmt: skip
+    tile = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8}
+    if amd or not own:
+        return tile | {"BLOCK_M": 64, "num_stages": 1 if amd else 2}
+    # With groups a second sum is held: 128 x 128 spills.
+    return tile | {"BLOCK_N": 64 if groups else 128, "num_stages": 4 if arch != "sm_80" else 3}
+
+
+def choose_rounded(device: torch.device, format: str, m: int, n: int, k: int, *, own: bool,
+                   groups: bool) -> dict[str, int]:  # fmt: skip
+    """The launch keywords: measured on this device if there is a table, else `rounded_rule`."""
+    exact = {"kernel": "rounded", "format": format, "groups": groups, "few": m <= 16}
+    measured = toolchain.measured(TUNED, device, exact, {"m": m, "n": n, "k": k})
+    return measured or rounded_rule(toolchain.arch(device), m, own=own, groups=groups)
 
 
 def precision(arch: str, dtype: torch.dtype) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from ...._backends.triton_aot import Source
-from . import FORMATS, configs
+from . import FORMATS, configs, rounded
 from .kernels import (
     _quant_gemm_dx_kernel,
     _quant_gemm_kernel,
@@ -13,6 +13,8 @@ from .kernels import (
     _quant_merge_kernel,
 )
 
+# What rows of x rounded to one byte meet: the format, and whether 128 columns share a scale.
+ROUNDED = {"int8": ("int8", False), "fp8": ("fp8", False), "fp8 block": ("fp8", True)}
 KERNELS = {"gemv": _quant_gemv_kernel, "gemm": _quant_gemm_kernel, "dx": _quant_gemm_dx_kernel}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # How the weights of real layers lie: columns that share a scale (None: the whole row).
@@ -58,6 +60,24 @@ def source(kernel: str, arch: str, dtype: torch.dtype, weight: str) -> Source:
     )  # fmt: skip
 
 
+def rounded_source(arch: str, weight: str, m: int) -> Source:
+    fmt, groups = ROUNDED[weight]
+    kind = rounded.kind(fmt, arch)
+    own = kind != rounded.FP8_AS_HALF.value
+    config = configs.rounded_rule(arch, m, own=own, groups=groups)
+    constants = {name: n for name, n in config.items() if name.startswith("BLOCK_")}
+    constants |= {"KIND": kind, "GROUPS": groups, "WHOLE": True, "BIAS": True}
+    codes = "i8" if fmt == "int8" else "u8"
+    # Triton's tcgen05 has no int8 product, and 16 rows are too few for that of any type.
+    own_matrix = m > 16 and not (fmt == "int8" and arch == "sm_100")
+    return Source(
+        f"quant_matmul rounded {weight} {m} rows", rounded._rounded_gemm_kernel, constants, "fp32",
+        {"x_ptr": codes, "w_ptr": codes, "y_ptr": "bf16", "bias_ptr": "bf16"}, (),
+        {name: n for name, n in config.items() if not name.startswith("BLOCK_")}
+        | {"enable_fp_fusion": False}, "own" if own_matrix else "any",
+    )  # fmt: skip
+
+
 def sources(arch: str, *, subset: bool = False) -> Iterator[Source]:
     """Everything that ships for `arch`; the subset holds one source a kernel."""
     for kernel in KERNELS:
@@ -69,6 +89,9 @@ def sources(arch: str, *, subset: bool = False) -> Iterator[Source]:
         for weight in ("nf4 double", "int4 zeros g32", "fp8 block"):
             yield source(kernel, arch, torch.float32, weight)
         yield source(kernel, arch, torch.float16, "int4")
+    for weight in ("fp8 block",) if subset else ROUNDED:
+        for m in (4096,) if subset else (1, 4096):
+            yield rounded_source(arch, weight, m)
     options = {name: configs.MERGE[name] for name in ("num_warps", "num_stages")}
     yield Source(
         "quant_matmul merge bf16", _quant_merge_kernel,

@@ -16,13 +16,13 @@ from ...quant_matmul.triton import FORMATS
 FP8_SHAPES = {"fp8": (3, -6), "fp8_240": (3, -6), "fp8_e5m2": (2, -14)}
 
 
-def row_width(shape: tuple[int, ...], group_size: int) -> int | None:
-    """Consecutive elements of a contiguous tensor that share a scale; None: no such number."""
+def runs(shape: tuple[int, ...], group_size: int) -> tuple[int, int] | None:
+    """(k, width): runs of `width` elements of rows of k share a scale; None: they are blocks."""
     if group_size == 0:
-        return math.prod(shape)
+        return math.prod(shape), math.prod(shape)
     if group_size == -128:
-        return 128 if shape[-1] % 128 == 0 else None
-    return shape[-1] if group_size == -1 else None
+        return shape[-1], 128
+    return (shape[-1], shape[-1]) if group_size == -1 else None
 
 
 def why_not_quantize(x, format, *spec) -> str | None:
@@ -34,7 +34,7 @@ def why_not_quantize(x, format, *spec) -> str | None:
         return f"triton does not quantize to {format}"
     elif spec.allow_nonfinite:
         return "triton quantizes finite tensors"
-    elif x.numel() and row_width(x.shape, spec.group_size) is None:
+    elif runs(x.shape, spec.group_size) is None:
         return f"triton does not quantize {format} in groups of {spec.group_size} here"
     return toolchain.why_not(x)
 

@@ -8,7 +8,7 @@ from ...._backends import triton as toolchain
 from ....formats import FORMATS, CodeBook, Spec
 from ....formats.base import ceil_div, check_finite
 from ....formats.code_book import nest
-from . import FP8_SHAPES, row_width
+from . import FP8_SHAPES, runs
 from .encode_kernels import _quantize_book_kernel, _quantize_rows_kernel
 
 # Not measured.
@@ -29,17 +29,22 @@ def quantize(x: torch.Tensor, format: str, spec: Spec) -> list[torch.Tensor]:
         if spec.double_quant:
             out |= nest(out["scale"])
     else:
-        _rows(x, format, row_width(x.shape, spec.group_size), out)
+        encode_rows(x, format, *runs(x.shape, spec.group_size), out["qdata"], out["scale"])
     return list(out.values())
 
 
-def _rows(x: torch.Tensor, format: str, width: int, out: dict) -> None:
+def encode_rows(x: torch.Tensor, format: str, k: int, width: int, codes: torch.Tensor,
+                scale: torch.Tensor, *, mark: bool = False) -> None:  # fmt: skip
+    """Codes and scales of runs of `width` elements of rows of k; x is contiguous, not empty.
+
+    mark: a run with an infinity or NaN gets codes of 0 and a scale of NaN; without, there is none.
+    """
     mantissa, lowest = FP8_SHAPES.get(format, (0, 0))
-    codes = out["qdata"] if format == "int8" else out["qdata"].view(torch.uint8)
     top = 127.0 if format == "int8" else FORMATS[format].max
     toolchain.launch(
-        _quantize_rows_kernel, x.numel() // width, x.device, x, codes, out["scale"], width, top,
-        MANTISSA=mantissa, LOWEST=lowest, enable_fp_fusion=False, **ROWS_CONFIG,
+        _quantize_rows_kernel, x.numel() // k * ceil_div(k, width), x.device, x,
+        codes if format == "int8" else codes.view(torch.uint8), scale, k, width, top,
+        MANTISSA=mantissa, LOWEST=lowest, MARK=mark, enable_fp_fusion=False, **ROWS_CONFIG,
     )  # fmt: skip
 
 

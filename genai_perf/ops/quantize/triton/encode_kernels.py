@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-COUNTS = ("count", "width")
+COUNTS = ("count", "width", "k")
 # Added and taken away, it rounds magnitudes below 2^22 to integers, half to even.
 ROUNDER = tl.constexpr(12582912.0)
 
@@ -21,17 +21,27 @@ def fp8_code(v, MANTISSA: tl.constexpr, LOWEST: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, width, top,
+def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, k, width, top,
                           BLOCK: tl.constexpr, MANTISSA: tl.constexpr,
-                          LOWEST: tl.constexpr):  # fmt: skip
-    """One row: its largest magnitude, then its codes. MANTISSA 0: int8, by 127 / absmax with small
-    rows lifted by 2^64; else fp8, divided by absmax / top."""
-    row = tl.program_id(0).to(tl.int64)
+                          LOWEST: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
+    """One run of `width` elements of a row of k, the last one shorter: its largest magnitude, then
+    its codes. MANTISSA 0: int8, by 127 / absmax with small runs lifted by 2^64; else fp8, divided
+    by absmax / top. MARK: a run with an infinity or NaN gets codes of 0 and a scale of NaN."""
+    run = tl.program_id(0).to(tl.int64)
+    runs = tl.cdiv(k, width)
+    first = (run % runs) * width
+    end = tl.minimum(first + width, k)
+    x_ptr += run // runs * k
+    q_ptr += run // runs * k
     cols = tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, width, BLOCK):
-        inside = first + cols < width
-        x = tl.load(x_ptr + row * width + first + cols, mask=inside, other=0.0).to(tl.float32)
+    bad = tl.zeros([BLOCK], tl.int32)
+    for at in range(first, end, BLOCK):
+        x = tl.load(x_ptr + at + cols, mask=at + cols < end, other=0.0).to(tl.float32)
+        if MARK:
+            finite = (x.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
+            bad |= 1 - finite.to(tl.int32)
+            x = tl.where(finite, x, 0.0)
         largest = tl.maximum(largest, tl.abs(x))
     absmax = tl.max(largest, 0)
     # As tensors: division of a bare number would be rounded otherwise.
@@ -47,18 +57,23 @@ def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, width, top,
             tl.float32, bitcast=True
         )  # the smallest normal
         scale = tl.maximum(tl.div_rn(wide, one * top), smallest)
-    tl.store(scale_ptr + row + tl.zeros([1], tl.int64), scale)
-    for first in range(0, width, BLOCK):
-        inside = first + cols < width
-        x = tl.load(x_ptr + row * width + first + cols, mask=inside, other=0.0).to(tl.float32)
+    good = tl.zeros([1], tl.int32) == 0
+    stored = scale
+    if MARK:
+        good = tl.max(bad, 0) + tl.zeros([1], tl.int32) == 0
+        stored = tl.where(good, scale, float("nan"))
+    tl.store(scale_ptr + run + tl.zeros([1], tl.int64), stored)
+    for at in range(first, end, BLOCK):
+        inside = at + cols < end
+        x = tl.load(x_ptr + at + cols, mask=inside & good, other=0.0).to(tl.float32)
         if MANTISSA == 0:
             code = ((x * lift * factor + ROUNDER) - ROUNDER).to(tl.int32)
-            tl.store(q_ptr + row * width + first + cols, code.to(tl.int8), mask=inside)
+            tl.store(q_ptr + at + cols, code.to(tl.int8), mask=inside)
         else:
             v = tl.div_rn(x, scale + tl.zeros([BLOCK], tl.float32))
             v = tl.minimum(tl.maximum(v, -top), top)
             code = fp8_code(v, MANTISSA, LOWEST)
-            tl.store(q_ptr + row * width + first + cols, code.to(tl.uint8), mask=inside)
+            tl.store(q_ptr + at + cols, code.to(tl.uint8), mask=inside)
 
 
 @triton.jit

@@ -20,10 +20,13 @@ def sources(arch: str, *, subset: bool = False) -> Iterator[Source]:
                      (), options | {"enable_fp_fusion": False}, "none")  # fmt: skip
     shapes = {"int8": (0, 0), "fp8": FP8_SHAPES["fp8"], "fp8_e5m2": FP8_SHAPES["fp8_e5m2"]}
     for name, (mantissa, lowest) in list(shapes.items())[: 1 if subset else None]:
-        constants = {"BLOCK": ROWS_CONFIG["BLOCK"], "MANTISSA": mantissa, "LOWEST": lowest}
         pointers = {"q_ptr": "u8" if mantissa else "i8", "scale_ptr": "fp32"}
-        yield Source(f"quantize rows bf16 {name}", _quantize_rows_kernel, constants, "bf16",
-                     pointers, ("top",), _fixed(ROWS_CONFIG), "none")  # fmt: skip
+        for mark in (False, True):
+            constants = {"BLOCK": ROWS_CONFIG["BLOCK"], "MANTISSA": mantissa, "LOWEST": lowest,
+                         "MARK": mark}  # fmt: skip
+            yield Source(f"quantize rows bf16 {name}" + " of activations" * mark,
+                         _quantize_rows_kernel, constants, "bf16", pointers, ("top",),
+                         _fixed(ROWS_CONFIG), "none")  # fmt: skip
     for width in (64,) if subset else (64, 4096):
         rows = max(1, BOOK_ELEMENTS // width)
         pointers = {"q_ptr": "u8", "order_ptr": "u8", "scale_ptr": "fp32", "bound_ptr": "fp32"}
