@@ -43,9 +43,9 @@ def variant_memory(op: str, case: str, phase: str, device: str, variant: str, ow
         _give_back()
         if device == "cuda":
             return _cuda(made, problem)
-        before = _reset_peak()
+        before = reset_peak()
         kept = made.call()
-    peak = _peak()
+    peak = peak_bytes()
     del kept
     return {"extra_bytes": max(0, peak - before), "input_bytes": _bytes(problem),
             "resident_peak_bytes": peak}  # fmt: skip
@@ -79,14 +79,15 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Resident bytes now; the system's peak of this process starts over."""
     if _RESET.exists():
         _RESET.write_text("5")
     return _field("VmRSS")
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
+    """The peak of this process since then."""
     return _field("VmHWM")
 
 
