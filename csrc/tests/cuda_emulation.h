@@ -98,7 +98,8 @@ static std::vector<Exchange> exchanges;
 
 // kernel() with `blocks` blocks of `threads` threads, a multiple of 32.
 inline void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
-  std::vector<char> stacks(threads * kStack);
+  static std::vector<char> stacks;  // kept: fresh memory costs more than most kernels
+  stacks.resize(std::max(stacks.size(), threads * kStack));
   gridDim = {blocks};
   for (unsigned b = 0; b < blocks; ++b) {
     blockIdx = {b};

@@ -2,6 +2,6 @@
 // host memory.
 #include "cuda_emulation.h"
 
+#include "cuda/dequantize.cu"
 #include "cuda/library.cu"
-#include "cuda/nf4_dequantize.cu"
 #include "cuda/quant_matmul.cu"

@@ -1,66 +1,123 @@
-"""The CUDA kernels: what can be said of them without a device, and their bits where there is one.
-
-Their arithmetic runs on the CPU in csrc/tests/test_cuda_nf4.cpp.
-"""
+"""The CUDA kernels: their bits, emulated on the CPU and on a device where there is one, and their
+machine code."""
 
 import ctypes
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_library import emulated as emulated  # a fixture
 
 import genai_perf as gp
-from genai_perf._backends import cuda
+from genai_perf._backends import cuda as glue
+from genai_perf.ops.quantize import cases, cuda
 
 ROOT = Path(__file__).resolve().parents[2]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DECODED = [name for name, (fmt, _) in cases.VARIANTS.items() if fmt in cuda.FORMATS]
+# One element; odd rows; a cut tile; whole tiles and stacks of whole blocks; none.
+SHAPES = ((1, 1), (67,), (3, 203), (13, 344), (2, 128, 256), (0, 8))
 
 
 def test_a_cpu_tensor_is_refused_by_name():
     qt = gp.quantize(torch.randn(4, 64), "nf4")
     with pytest.raises(gp.BackendUnsupported, match="on one CUDA device, got cpu"):
         gp.dequantize(qt, backend="cuda")
-    with pytest.raises(gp.BackendUnsupported, match="nf4 only, got int8"):
-        gp.dequantize(gp.quantize(torch.randn(4, 64), "int8"), backend="cuda")
 
 
-@pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the CUDA kernels are not built")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", DECODED)
+def test_dequantize_gives_the_bits_of_the_reference(emulated, name, dtype):
+    format, options = cases.VARIANTS[name]
+    for shape in SHAPES:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        qt = gp.quantize(x, format, **options, backend="reference")
+        got, want = (gp.dequantize(qt, dtype, backend=b) for b in ("cuda", "reference"))
+        assert got.dtype == dtype and torch.equal(got, want), shape
+
+
+def test_a_stack_of_cut_blocks_is_refused(emulated):
+    qt = gp.quantize(torch.randn(2, 130, 70), "fp8", granularity="block")
+    with pytest.raises(gp.BackendUnsupported, match=r"whole blocks, got shape \(2, 130, 70\)"):
+        gp.dequantize(qt, backend="cuda")
+    with pytest.raises(gp.BackendUnsupported, match="does not dequantize int3"):
+        gp.dequantize(gp.quantize(torch.randn(2, 8), "int3"), backend="cuda")
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "fp8_240", "fp8_e5m2", "nf4", "fp4", "int4"])
+@pytest.mark.parametrize("k", [256, 250])
+def test_every_code_of_a_byte(emulated, format, k):
+    codes = torch.arange(256, dtype=torch.uint8).repeat(20)
+    qt = gp.formats.get(format).quantize(torch.ones(8, k))
+    qt.qdata = codes[: qt.qdata.numel()].view(qt.qdata.dtype).view(qt.qdata.shape)
+    for dtype in FLOATS:
+        got, want = (gp.dequantize(qt, dtype, backend=b) for b in ("cuda", "reference"))
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["nf4-double", "int4-asym-fp16", "fp8-group", "int8"])
+def test_codes_that_begin_at_any_byte(emulated, name):
+    format, options = cases.VARIANTS[name]
+    qt = gp.quantize(torch.randn(5, 256), format, **options)
+    codes = torch.cat([torch.zeros(3, dtype=torch.uint8), qt.qdata.view(torch.uint8).view(-1)])
+    moved = replace(qt, qdata=codes[3:].view(qt.qdata.dtype).view(qt.qdata.shape))
+    assert moved.qdata.data_ptr() % 16
+    assert torch.equal(gp.dequantize(moved, backend="cuda"), gp.dequantize(qt, backend="reference"))
+
+
+@pytest.mark.skipif(not glue.LIBRARY.exists(), reason="the CUDA kernels are not built")
 def test_the_library_loads_without_a_driver():
-    library = ctypes.CDLL(str(cuda.LIBRARY))
+    library = ctypes.CDLL(str(glue.LIBRARY))
     library.gp_cuda_error.restype = ctypes.c_char_p
     assert library.gp_cuda_error(0) == b"no error"
-    pointers = [None] * 5
-    assert library.gp_cuda_nf4_dequantize(*pointers, ctypes.c_int64(0), ctypes.c_int64(64), None,
-                                          0, 0, None) == 0  # fmt: skip
+    no_elements = [arg(0) for arg in cuda.DEQUANTIZE]
+    assert library.gp_cuda_dequantize(*no_elements) == 0
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_kernels_compile_without_spills_and_load_16_bytes(arch, tmp_path):
-    source = ROOT / "csrc/cuda/nf4_dequantize.cu"
-    build = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", str(source)]
+def compiled(source: str, arch: int, tmp_path) -> tuple[dict[str, int], str]:
+    """Registers of each kernel of a file under csrc/cuda, which must not spill, and the PTX."""
+    build = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}",
+             str(ROOT / "csrc/cuda" / source)]  # fmt: skip
     done = subprocess.run([*build, "-cubin", "-Xptxas", "-v", "-o", tmp_path / "out.cubin"],
                           capture_output=True, text=True)  # fmt: skip
     if "Unsupported gpu architecture" in done.stderr:
         pytest.skip(f"this nvcc does not know sm_{arch}")
     assert done.returncode == 0, done.stderr
-    kernels = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert kernels == [("0", "0")] * 3
-    assert len(registers) == 3 and max(registers) <= 32  # 2048 threads on a multiprocessor
+    found = re.findall(r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes "
+                       r"spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+                       done.stderr, re.DOTALL)  # fmt: skip
+    assert all(row[1:4] == ("0", "0", "0") for row in found), found
     subprocess.run([*build, "-ptx", "-o", tmp_path / "out.ptx"], check=True)
-    ptx = (tmp_path / "out.ptx").read_text()
-    assert len(re.findall(r"ld\.global\.nc\.v4\.[a-z]*32", ptx)) == 3
-    assert "st.global.cs.v4" in ptx
+    return {row[0]: int(row[4]) for row in found}, (tmp_path / "out.ptx").read_text()
 
 
-@pytest.mark.skipif(cuda.unavailable() is not None, reason="torch sees no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 77), (1000, 1030)], ids=str)
-def test_bits_of_the_reference_on_a_device(shape, double_quant, dtype):
-    qt = gp.quantize(torch.randn(shape), "nf4", double_quant=double_quant)
-    want = gp.dequantize(qt, dtype, backend="reference")
-    assert torch.equal(gp.dequantize(qt.to("cuda"), dtype, backend="cuda").cpu(), want)
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_dequantize_compiles_without_spills_and_loads_16_bytes(arch, tmp_path):
+    registers, ptx = compiled("dequantize.cu", arch, tmp_path)
+    fast = {name: n for name, n in registers.items() if "_any_" not in name}
+    assert len(fast) == 18  # six decoders, three types
+    assert len(registers) == 21  # three for any shape
+    assert max(fast.values()) <= 32  # 2048 threads on a multiprocessor
+    for body in ptx.split(".entry ")[1:]:
+        wide = 0 if "_any_" in body.split("(")[0] else 1
+        assert len(re.findall(r"ld\.global\.nc\.L1::no_allocate\.v4\.u32", body)) == wide
+        assert len(re.findall(r"st\.global\.cs\.v4", body)) >= 2 * wide
+
+
+@pytest.mark.skipif(glue.unavailable() is not None, reason="torch sees no CUDA device")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", DECODED)
+def test_dequantize_on_a_device(name, dtype):
+    format, options = cases.VARIANTS[name]
+    for shape in (*SHAPES, (1000, 1030), (1024, 4096)):
+        qt = gp.quantize(torch.randn(shape), format, **options)
+        want = gp.dequantize(qt, dtype, backend="reference")
+        assert torch.equal(gp.dequantize(qt.to("cuda"), dtype, backend="cuda").cpu(), want)

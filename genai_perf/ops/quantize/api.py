@@ -161,7 +161,7 @@ def dequantize(qt: QuantizedTensor, dtype: torch.dtype | None = None, *,
     Args:
         qt: what `quantize` gave, or a checkpoint held.
         dtype: fp32, bf16 or fp16; `qt.dtype` by default.
-        backend: "cuda" (nf4 on a GPU), "triton", "nki", "native" or "reference"; the first that can
+        backend: "cuda", "triton", "nki", "native" or "reference"; the first that can
             run it.
 
     Returns:
