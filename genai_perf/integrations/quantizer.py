@@ -6,6 +6,7 @@ saved model carries no such name: it is written as bitsandbytes (nf4, fp4) or co
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -109,7 +110,8 @@ class LoadingQuantizer:
                 format=self.config.format,
                 double_quant=self.config.double_quant,
             )
-        tensors, config = in_compressed_tensors(layers, dense)
+        rounds = self.config.activations is not None
+        tensors, config = in_compressed_tensors(layers, dense, lambda name: rounds)
         return state | tensors, config
 
 
@@ -143,9 +145,12 @@ def in_bitsandbytes(layers: Layers) -> dict[str, torch.Tensor]:
     return {k: t.clone() if "quant_map" in k else t for k, t in encoded.items()}
 
 
-def in_compressed_tensors(layers: Layers, dense: list[str]) -> tuple[dict, dict]:
-    """The tensors of a compressed-tensors checkpoint, and its `quantization_config`."""
-    schemes = {name: compressed_tensors.scheme(qweight) for name, qweight in layers}
+def in_compressed_tensors(layers: Layers, dense: list[str],
+                          rounds: Callable[[str], bool]) -> tuple[dict, dict]:  # fmt: skip
+    """The tensors of a compressed-tensors checkpoint, and its `quantization_config`; `rounds`:
+    whether a server is to round the inputs of a layer to 8 bits."""
+    schemes = {name: compressed_tensors.scheme(qweight)._replace(activations=rounds(name))
+               for name, qweight in layers}  # fmt: skip
     tensors = {k: t for layer in layers for k, t in compressed_tensors.encode(*layer).items()}
     return tensors, compressed_tensors.quantization_config(schemes, dense)
 

@@ -85,6 +85,6 @@ class Spelling:
             if match is None or owners.get(name[: match.start()] + ".experts") in APART:
                 continue
             known = renaming(f"{name}.weight")[0] in self._stacks
-            if not known or (scheme is not None and scheme.activations):
+            if not known or (scheme is not None and scheme.rounds_to_int8):
                 found.append(name)
         return found

@@ -92,7 +92,8 @@ def _encoded(config: dict, layers: Layers, dense: list[str]) -> tuple[dict, dict
     with them."""
     match config["quant_method"]:
         case compressed_tensors.METHOD:
-            return in_compressed_tensors(layers, dense)
+            groups = compressed_tensors.Groups(config, "quantization_config")
+            return in_compressed_tensors(layers, dense, lambda n: groups.scheme(n).activations)
         case bitsandbytes.METHOD:
             return in_bitsandbytes(layers), config
         case awq.METHOD:

@@ -32,20 +32,23 @@ INT8_LAYOUTS = ("int-quantized", "pack-quantized")
 BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "fp8": 8}
 _PACKED = ("int2", "int3", "int4")
 EXPERT = re.compile(r"\.experts\.\d+\.")
-_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 _STRATEGIES = {"channel": -1, "tensor": 0, "block": 128}  # -> QuantizedTensor.group_size
 _GROUP_SIZES = {size: name for name, size in _STRATEGIES.items()}
 
 
 class Scheme(NamedTuple):
     """How one layer is stored: the format, its grouping, and the layout in the file; `activations`:
-    a server rounds its inputs to int8, a scale a token."""
+    a server rounds its inputs to 8 bits of the same kind, a scale a token or a group of columns."""
 
     format: str
     group_size: int
     symmetric: bool
     layout: str
     activations: bool = False
+
+    @property
+    def rounds_to_int8(self) -> bool:
+        return self.activations and self.format == "int8"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -203,7 +206,7 @@ def quantization_config(layers: Mapping[str, Scheme], ignore: Iterable[str]) -> 
             "targets": ["Linear"] if len(schemes) == 1 else names,
             "format": found.layout,
             "weights": _arguments(found),
-            "input_activations": dict(_TOKENS) if found.activations else None,
+            "input_activations": _inputs(found) if found.activations else None,
             "output_activations": None,
         }
     layouts = {found.layout for found in schemes}
@@ -235,6 +238,15 @@ def _arguments(found: Scheme) -> dict:
     }
 
 
+def _inputs(found: Scheme) -> dict:
+    """How a server rounds the inputs of a layer while it runs."""
+    kind = "float" if found.format == "fp8" else "int"
+    said = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": True}
+    if found.group_size > 0:
+        return said | {"strategy": "group", "group_size": found.group_size}
+    return said | {"strategy": "token"}
+
+
 class Groups:
     """The config groups of a checkpoint: which layer is stored how.
 
@@ -259,7 +271,8 @@ class Groups:
             layout = group.get("format") or config.get("format")
             found = _parse(group["weights"], layout, place)
             inputs = group.get("input_activations") or {}
-            if found.layout == "int-quantized" and inputs.items() >= _TOKENS.items():
+            packed = found.format == "int8" and found.layout == "pack-quantized"
+            if not packed and inputs.items() >= _inputs(found).items():
                 found = found._replace(activations=True)
             self.groups.append((found, _patterns(group.get("targets") or [], place)))
 

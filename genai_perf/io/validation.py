@@ -273,7 +273,7 @@ class _Check:
                 continue  # transformers takes its stacks apart itself
             if self.kind.removesuffix("_text") in STACKED_MODELS:
                 yield True, name, f"transformers 5.23 reads no quantized experts of {self.kind}"
-            elif groups.scheme(name).activations:
+            elif groups.scheme(name).rounds_to_int8:
                 yield True, name, "transformers 5.23 reads no experts with 8-bit activations"
         for name, qt in self.layers.items():
             if qt.zero_point is not None:

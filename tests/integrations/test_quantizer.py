@@ -11,7 +11,7 @@ from genai_perf.models import tiny_python_lm
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from genai_perf.integrations.transformers import GenaiPerfConfig  # noqa: E402
+from genai_perf.integrations.transformers import GenaiPerfConfig, read_compressed  # noqa: E402
 
 WAYS = [
     {"format": "nf4"},
@@ -77,6 +77,31 @@ def test_searched_scales_and_thresholds(tmp_path):
     assert (logits(model) - dense).norm() < (logits(rounded) - dense).norm()
     with pytest.raises(ValueError, match="threshold must be 0, or more with activations"):
         GenaiPerfConfig("nf4", threshold=4.0)
+
+
+@pytest.mark.parametrize("options, strategy", [
+    ({"format": "int8", "activations": "int8"}, "token"),
+    ({"format": "int4", "activations": "int8", "group_size": 64}, "group"),
+    ({"format": "fp8", "activations": "fp8"}, "token"),
+    ({"format": "fp8", "granularity": "block", "activations": "fp8"}, "group"),
+], ids=["int8", "int4", "fp8", "fp8-block"])  # fmt: skip
+def test_rounded_activations_are_written(options, strategy, tmp_path):
+    """compressed-tensors' linears then lose as much by it as ours (their unit of int8 is another);
+    read again, the file still says so."""
+    model = LOAD(tiny_python_lm(), quantization_config=GenaiPerfConfig(**options))
+    model.save_pretrained(tmp_path / "ours")
+    theirs = LOAD(tmp_path / "ours")
+    found = theirs.config.quantization_config.quantization_config.config_groups["group_0"]
+    assert found.input_activations.strategy == strategy and found.input_activations.dynamic
+    with read_compressed():
+        again = LOAD(tmp_path / "ours")
+    plain = logits(again)  # the same weights, activations as they are
+    lost, lost_by_theirs = ((logits(m) - plain).norm() for m in (model, theirs))
+    assert 0.7 * lost < lost_by_theirs < 1.4 * lost
+    again.save_pretrained(tmp_path / "again")
+    groups = [json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+              ["config_groups"] for name in ("ours", "again")]  # fmt: skip
+    assert groups[0] == groups[1]
 
 
 def test_weights_that_are_not_finite(tmp_path, caplog):
