@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ...ops.quant_matmul.rounding import values
+from ...ops.quant_matmul.rounding import fp8_values
 from ...testing.numerics import max_error, rounding
 from ..problem import Check, Problem, Unsupported, Variant
 
@@ -52,7 +52,7 @@ def named(raw: torch.Tensor) -> dict[str, torch.Tensor]:
 def _rounded(x: torch.Tensor, numerics: str) -> torch.Tensor:
     """x as a variant sees it that rounds its activations to a smaller type."""
     if numerics == "fp8":
-        return values(x, "fp8", -1)
+        return fp8_values(x, "fp8", -1)
     if not numerics.startswith("int"):
         return x.to(getattr(torch, numerics))
     largest = {"int8": 127, "int7": 63}[numerics]

@@ -7,7 +7,7 @@ from ..._dispatch import is_plain
 from ...formats.dynamic_map import dynamic_map
 from .components import FLOATS, FORMAT_CODES, check_components
 from .outliers import multiply
-from .rounding import values
+from .rounding import fp8_values
 
 # csrc/cpu/quant_matmul.h holds the same number.
 INT8_COLUMNS = 131072  # as many products of two int8 stay within int32
@@ -65,7 +65,7 @@ def why_not_fp8(x, qdata, scale, bias, format, group_size) -> str | None:
 def fp8(x, qdata, scale, bias, format, group_size):
     """No CPU multiplies fp8: x is rounded, and what its codes stand for meets W in fp32."""
     packed = Packed(format, *qdata.shape, (qdata, scale, None, None, None), group_size)
-    return packed.forward(values(x, format, group_size), bias).to(x.dtype)
+    return packed.forward(fp8_values(x, format, group_size), bias).to(x.dtype)
 
 
 def why_not_int4_int8(x, qdata, scale, zero_point, bias, group_size) -> str | None:

@@ -3,6 +3,7 @@
 import torch
 
 from ...formats import Spec, get
+from ..quantize import dequantize, quantize
 
 GROUP = 128  # columns of fp8 that share a scale, in x and in W
 
@@ -26,9 +27,9 @@ def in_groups(group_size: int) -> bool:
     return group_size in (GROUP, -GROUP)
 
 
-def values(x: torch.Tensor, format: str, group_size: int) -> torch.Tensor:
-    """What the fp8 codes of x stand for, fp32 (..., K)."""
-    codes, scale = rounded(x, format, groups=in_groups(group_size))
-    if scale.shape[-1] != 1:
-        scale = scale.repeat_interleave(GROUP, -1)[..., : x.shape[-1]]
-    return codes.float() * scale
+def fp8_values(x: torch.Tensor, format: str, group_size: int) -> torch.Tensor:
+    """What the fp8 codes of x stand for, fp32 (..., K); NaN where x is not finite."""
+    finite = torch.isfinite(x)
+    granularity = "group" if in_groups(group_size) else "row"
+    codes = quantize(torch.where(finite, x, 0), format, granularity=granularity)
+    return torch.where(finite, dequantize(codes, torch.float32), torch.nan)
