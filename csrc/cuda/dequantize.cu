@@ -30,11 +30,11 @@ cudaError_t launch(const Weight& w, Out* out, int device, cudaStream_t stream) {
 }
 
 template <class Format>
-cudaError_t launch(const Weight& w, void* out, gp::DType dtype, int device, cudaStream_t stream) {
+cudaError_t launch(const Weight& w, void* out, gp::DType dtype, int device, cudaStream_t s) {
   switch (dtype) {
-    case gp::DType::f32: return launch<Format>(w, static_cast<float*>(out), device, stream);
-    case gp::DType::bf16: return launch<Format>(w, static_cast<__nv_bfloat16*>(out), device, stream);
-    case gp::DType::f16: return launch<Format>(w, static_cast<__half*>(out), device, stream);
+    case gp::DType::f32: return launch<Format>(w, static_cast<float*>(out), device, s);
+    case gp::DType::bf16: return launch<Format>(w, static_cast<__nv_bfloat16*>(out), device, s);
+    case gp::DType::f16: return launch<Format>(w, static_cast<__half*>(out), device, s);
     default: return cudaErrorInvalidValue;
   }
 }

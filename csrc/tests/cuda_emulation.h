@@ -154,6 +154,9 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
+inline uint32_t __float_as_uint(float x) { return gp::GP_ISA::float_to_bits(x); }
 inline float __uint_as_float(uint32_t bits) { return gp::GP_ISA::bits_to_float(bits); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = uint64_t(high) << 32 | low;

@@ -5,3 +5,4 @@
 #include "cuda/dequantize.cu"
 #include "cuda/library.cu"
 #include "cuda/quant_matmul.cu"
+#include "cuda/quantize.cu"

@@ -1,4 +1,4 @@
-// The CUDA dequantization, emulated, against the scalar CPU kernels: the same bits.
+// CUDA quantization and dequantization, emulated, against the scalar CPU kernels: the same bits.
 #include "cuda_emulation.h"
 
 #include <cstdio>
@@ -6,6 +6,7 @@
 
 #include "cpu/quantize.h"
 #include "cuda/dequantize.cu"
+#include "cuda/quantize.cu"
 
 namespace {
 
@@ -30,6 +31,12 @@ struct Shape {
 // One weight; whole tiles and a cut one; rows that no 16-byte store fits; more than the grid takes
 // at once.
 constexpr Shape kShapes[] = {{1, 1}, {3, 344}, {7, 123}, {40, 4096}};
+
+gp::Code8 code_of(WeightFormat format, float limit) {
+  if (format == WeightFormat::int8) return gp::Code8::s8;
+  if (format == WeightFormat::e5m2) return gp::Code8::e5m2;
+  return limit == 240.0f ? gp::Code8::e4m3_240 : gp::Code8::e4m3fn;
+}
 
 bool dequantized(WeightFormat format, Shape s, int64_t group, int64_t block_rows, bool extra,
                  int shift, gp::DType dtype) {
@@ -65,17 +72,45 @@ bool dequantized(WeightFormat format, Shape s, int64_t group, int64_t block_rows
     gp::scalar::dequantize_groups({4, s.n, s.k, group, gp::DType::f32, 1}, q.data(), scale_at,
                                   zero, want.data(), dtype);
   } else {
-    const gp::Code8 code = format == WeightFormat::int8   ? gp::Code8::s8
-                           : format == WeightFormat::e4m3 ? gp::Code8::e4m3fn
-                                                          : gp::Code8::e5m2;
-    gp::scalar::dequantize_scaled({1, s.n, s.k, block_rows, group, code, 1}, q.data(),
-                                  scale.data(), want.data(), dtype);
+    gp::scalar::dequantize_scaled({1, s.n, s.k, block_rows, group, code_of(format, 448.0f), 1},
+                                  q.data(), scale.data(), want.data(), dtype);
   }
   const bool equal = error == 0 && got == want;
   if (!equal)
     std::printf("format %d differs: %lld x %lld group %lld rows %lld extra %d shift %d dtype %d\n",
                 int(format), (long long)s.n, (long long)s.k, (long long)group,
                 (long long)block_rows, extra, shift, int(dtype));
+  return equal;
+}
+
+bool quantized(WeightFormat format, Shape s, int64_t width, float limit, int shift,
+               gp::DType dtype) {
+  const bool book = format == WeightFormat::nf4 || format == WeightFormat::fp4;
+  const int64_t count = s.n * s.k, scales = book ? (count + width - 1) / width
+                                                 : s.n * ((s.k + width - 1) / width);
+  Memory x(4 * count, shift), got(count, shift), want(count, shift);
+  Memory scale(4 * scales, shift), want_scale(4 * scales, shift);
+  for (int64_t i = 0; i < count; ++i) {
+    const int exponent = int(i / s.k % 9) - 12;
+    store(i % 131 < 64 ? 0.0f : std::ldexp(float(i * 7919 % 2003 - 1001), exponent), x.data(),
+          dtype, i);
+  }
+  const int64_t rows = book ? 1 : s.n, k = book ? count : s.k;
+  const int error = gp_cuda_quantize(int(format), x.data(), int(dtype), rows, k, width, limit,
+                                     nullptr, got.data(), reinterpret_cast<float*>(scale.data()),
+                                     0, nullptr);
+  float* scale_at = reinterpret_cast<float*>(want_scale.data());
+  if (book) {
+    gp::scalar::quantize_book(format == WeightFormat::nf4 ? gp::Book::nf4 : gp::Book::fp4, x.data(),
+                              dtype, count, width, want.data(), scale_at, 1);
+  } else {
+    gp::scalar::quantize_scaled({1, s.n, s.k, 1, width, code_of(format, limit), 1}, x.data(), dtype,
+                                want.data(), scale_at, false);
+  }
+  const bool equal = error == 0 && got == want && scale == want_scale;
+  if (!equal)
+    std::printf("codes %d differ: %lld x %lld width %lld limit %g shift %d dtype %d\n", int(format),
+                (long long)s.n, (long long)s.k, (long long)width, double(limit), shift, int(dtype));
   return equal;
 }
 
@@ -101,6 +136,19 @@ int main() {
           same(fp8, s.k, 1, false);
           same(fp8, 128, 1, false);
           same(fp8, 128, 128, false);
+        }
+        const auto encoded = [&](WeightFormat format, int64_t width, float limit) {
+          ok &= quantized(format, s, width, limit, shift, dtype);
+        };
+        for (const int64_t block : {32, 64, 4096}) {
+          encoded(WeightFormat::nf4, block, 0.0f);
+          encoded(WeightFormat::fp4, block, 0.0f);
+        }
+        encoded(WeightFormat::int8, s.k, 0.0f);
+        for (const int64_t width : {s.k, int64_t(128)}) {
+          encoded(WeightFormat::e4m3, width, 448.0f);
+          encoded(WeightFormat::e4m3, width, 240.0f);
+          encoded(WeightFormat::e5m2, width, 57344.0f);
         }
       }
   std::printf(ok ? "ok\n" : "FAILED\n");

@@ -18,6 +18,10 @@ from genai_perf.ops.quantize import cases, cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FP8 = ("fp8", "fp8_240", "fp8_e5m2")
+TAKEN = ("int8", "nf4", "fp4", *FP8)  # but for blocks of 128x128
+ENCODED = [name for name, (fmt, how) in cases.VARIANTS.items()
+           if fmt in TAKEN and how.get("granularity") != "block"]  # fmt: skip
 DECODED = [name for name, (fmt, _) in cases.VARIANTS.items() if fmt in cuda.FORMATS]
 # One element; odd rows; a cut tile; whole tiles and stacks of whole blocks; none.
 SHAPES = ((1, 1), (67,), (3, 203), (13, 344), (2, 128, 256), (0, 8))
@@ -69,6 +73,86 @@ def test_codes_that_begin_at_any_byte(emulated, name):
     assert torch.equal(gp.dequantize(moved, backend="cuda"), gp.dequantize(qt, backend="reference"))
 
 
+def assert_bits(x, format, device="cpu", **options):
+    """Components of the reference, byte for byte."""
+    got = gp.quantize(x.to(device), format, backend="cuda", **options).to("cpu").components()
+    want = gp.quantize(x, format, backend="reference", **options).components()
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
+        bits, other = (t.reshape(-1).view(torch.uint8) for t in (tensor, got[name]))
+        assert torch.equal(bits, other), f"{name}, {tuple(x.shape)}"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ENCODED)
+def test_quantize_gives_the_bits_of_the_reference(emulated, name, dtype):
+    format, options = cases.VARIANTS[name]
+    # Teams of one lane, some, a warp and a block; rows that are not aligned; cut blocks and groups.
+    for shape in (*SHAPES, (5, 8), (3, 1280), (2, 4104), (1, 9001)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        if len(x) > 1:
+            x[0], x[1] = 0, x[1] * 1e-4
+        assert_bits(x.to(dtype), format, **options)
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_ties_and_extreme_magnitudes(emulated, name):
+    format, options = cases.VARIANTS[name]
+    grid = torch.cat([torch.arange(-512, 512) / 512, torch.arange(-128, 128) / 254]).view(1, -1)
+    for scale in (1.0, 1e-45, 1e-42, 2.0**-120, 1e-20, 3e38):
+        assert_bits(grid * scale, format, **options)
+    assert_bits(torch.tensor([[torch.finfo(torch.float32).max, -0.0, 1e-45]]), format, **options)
+    if isinstance(gp.formats.get(format), gp.formats.CodeBook):
+        bounds = gp.formats.get(format).bounds()
+        near = [bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-2.0))]
+        assert_bits(torch.cat([*near, torch.ones(20)])[:64], format, **options)  # t = x
+
+
+@pytest.mark.parametrize("format", FP8)
+def test_codes_and_their_midpoints(emulated, format):
+    chosen = gp.formats.get(format)
+    codes = torch.arange(256, dtype=torch.uint8).view(chosen.code_dtype).float()
+    codes = codes[codes.abs() <= chosen.max].sort().values
+    near = torch.cat([codes, (codes[1:] + codes[:-1]) / 2])
+    near = torch.cat([near, near * (1 + 2.0**-20), near * (1 - 2.0**-20)])
+    near = torch.cat([near.clamp(-chosen.max, chosen.max), torch.tensor([chosen.max])])
+    for granularity in ("row", "tensor"):  # a scale of 1: each is rounded as it stands
+        assert_bits(near[None], format, granularity=granularity)
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor", "group"])
+@pytest.mark.parametrize("format", FP8)
+def test_infinities_saturate_and_nan_stays(emulated, format, granularity):
+    x = torch.randn(4, 300)
+    x[1, 3], x[1, 4], x[2, 299], x[3] = torch.nan, -torch.inf, torch.inf, torch.nan
+    for dtype in FLOATS:
+        assert_bits(x.to(dtype), format, granularity=granularity, allow_nonfinite=True)
+
+
+def test_what_quantize_refuses(emulated):
+    def reason(*args, **options):
+        with pytest.raises(gp.BackendUnsupported) as refused:
+            gp.quantize(*args, backend="cuda", **options)
+        return str(refused.value)
+
+    assert "does not quantize to int4" in reason(torch.randn(2, 8), "int4")
+    assert "in blocks of 128x128" in reason(torch.randn(2, 8), "fp8", granularity="block")
+    x = torch.zeros(2, 64)
+    x[1, 3] = torch.nan
+    for format in ("int8", "fp8", "nf4"):
+        with pytest.raises(ValueError, match=r"x must be finite, got nan at \(1, 3\)"):
+            gp.quantize(x, format, backend="cuda")
+
+
+def test_what_lies_beside_is_left_alone(emulated):
+    """x begins at any element, and a transposed x is copied."""
+    x = torch.randn(3, 129)
+    for view in (x.view(-1)[1:129], x.view(-1)[3:323].view(5, 64), x.T):
+        for format in ("int8", "fp8", "nf4"):
+            assert_bits(view, format)
+
+
 @pytest.mark.skipif(not glue.LIBRARY.exists(), reason="the CUDA kernels are not built")
 def test_the_library_loads_without_a_driver():
     library = ctypes.CDLL(str(glue.LIBRARY))
@@ -76,6 +160,7 @@ def test_the_library_loads_without_a_driver():
     assert library.gp_cuda_error(0) == b"no error"
     no_elements = [arg(0) for arg in cuda.DEQUANTIZE]
     assert library.gp_cuda_dequantize(*no_elements) == 0
+    assert library.gp_cuda_quantize(*[arg(0) for arg in cuda.QUANTIZE]) == 0
 
 
 def compiled(source: str, arch: int, tmp_path) -> tuple[dict[str, int], str]:
@@ -112,6 +197,18 @@ def test_dequantize_compiles_without_spills_and_loads_16_bytes(arch, tmp_path):
         assert len(re.findall(r"st\.global\.cs\.v4", body)) >= 2 * wide
 
 
+@needs_nvcc
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_quantize_compiles_without_spills_and_loads_16_bytes(arch, tmp_path):
+    registers, ptx = compiled("quantize.cu", arch, tmp_path)
+    assert len(registers) == 12  # four encoders, three types
+    assert max(registers.values()) <= 40  # 1536 threads on a multiprocessor
+    for body in ptx.split(".entry ")[1:]:
+        assert len(re.findall(r"ld\.global\.nc\.v4", body)) >= 2  # for magnitude and codes
+        assert "div.rn.f32" in body and "div.approx" not in body and ".ftz" not in body
+        assert "fma.rn" not in body and "mad.rn" not in body  # each operation rounds on its own
+
+
 @pytest.mark.skipif(glue.unavailable() is not None, reason="torch sees no CUDA device")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", DECODED)
@@ -121,3 +218,14 @@ def test_dequantize_on_a_device(name, dtype):
         qt = gp.quantize(torch.randn(shape), format, **options)
         want = gp.dequantize(qt, dtype, backend="reference")
         assert torch.equal(gp.dequantize(qt.to("cuda"), dtype, backend="cuda").cpu(), want)
+
+
+@pytest.mark.skipif(glue.unavailable() is not None, reason="torch sees no CUDA device")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ENCODED)
+def test_quantize_on_a_device(name, dtype):
+    format, options = cases.VARIANTS[name]
+    if options.get("double_quant"):  # torch's mean of the scales rounds otherwise there
+        options = {}
+    for shape in (*SHAPES, (1000, 1030), (1024, 4096)):
+        assert_bits(torch.randn(shape).to(dtype), format, device="cuda", **options)

@@ -30,7 +30,7 @@ _QUANTIZE = Op(
     "(Tensor x, str format, int group_size, bool double_quant, bool symmetric, "
     "ScalarType scale_dtype, bool allow_nonfinite, *, str? backend=None) -> Tensor[]",
     fake=lambda *args, backend=None: _fake_quantize(*args),
-    backends=("triton", "nki", "native", "reference"),
+    backends=("cuda", "triton", "nki", "native", "reference"),
     entry="quantize",
 )
 _SEARCHED = Op(
@@ -83,8 +83,8 @@ def quantize(x: torch.Tensor, format: str, *, group_size: int | None = None,
             to 1.0 of the one that covers it, for the least squared error.
         importance: with search: (K,), at least 0, what a squared error in each column costs, such
             as the mean of the squares that a layer's input has there. None: 1.
-        backend: "triton", "nki", "native" or "reference" (the last two for search); the first
-            that can run it by default.
+        backend: "cuda", "triton", "nki", "native" or "reference" (the last two for search); the
+            first that can run it by default.
 
     Returns:
         QuantizedTensor
