@@ -103,6 +103,7 @@ def test_ties_and_extreme_magnitudes(emulated, name):
     for scale in (1.0, 1e-45, 1e-42, 2.0**-120, 1e-20, 3e38):
         assert_bits(grid * scale, format, **options)
     assert_bits(torch.tensor([[torch.finfo(torch.float32).max, -0.0, 1e-45]]), format, **options)
+    assert_bits(torch.zeros(70), format, **options)
     if isinstance(gp.formats.get(format), gp.formats.CodeBook):
         bounds = gp.formats.get(format).bounds()
         near = [bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-2.0))]
