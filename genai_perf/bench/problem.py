@@ -8,6 +8,8 @@ from difflib import get_close_matches
 
 import torch
 
+from .._dispatch import explain
+
 Outputs = Mapping[str, torch.Tensor]
 
 
@@ -99,3 +101,10 @@ def choose(what: str, wanted: str, known: list[str] | tuple[str, ...]) -> str:
     near = [plain[name] for name in get_close_matches(wanted.casefold(), plain, n=3, cutoff=0.4)]
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
     raise ValueError(f"bench: no {what} is named {wanted!r}{hint}")
+
+
+def asked(backend: str | None, function: Callable, *args, **kwargs) -> str | None:
+    """The `backend` to name in a call: none where the call takes this one anyway, as a user's does,
+    which may then reach the kernel without the op around it."""
+    chosen = None if backend is None else explain(function, *args, **kwargs).backend
+    return None if chosen == backend else backend

@@ -13,7 +13,7 @@ from ...ops.attention import attention
 from ...ops.attention import cases as listed
 from ...ops.attention.op import BACKENDS as _BACKENDS
 from ...testing.numerics import max_error, rounding
-from ..problem import Check, Problem, Variant, join
+from ..problem import Check, Problem, Variant, asked, join
 
 PHASES = ("forward", "forward+backward")
 BASELINE = "torch-sdpa"
@@ -46,13 +46,14 @@ def make(case, phase: str, device: str, seed: int) -> Problem:
 def own(problem: Problem, backend: str) -> Variant:
     q, k, v = (problem.inputs[name] for name in _NAMES)
     causal = problem.options["causal"]
+    name = asked(backend, attention, q, k, v, causal=causal)
 
     def forward():
         with torch.no_grad():
-            return (attention(q, k, v, causal=causal, backend=backend),)
+            return (attention(q, k, v, causal=causal, backend=name),)
 
     def both():
-        out = attention(q, k, v, causal=causal, backend=backend)
+        out = attention(q, k, v, causal=causal, backend=name)
         return out, *torch.autograd.grad(out, (q, k, v), problem.inputs["dout"])
 
     return Variant(forward if problem.phase == "forward" else both, named)

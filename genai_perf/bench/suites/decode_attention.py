@@ -13,7 +13,7 @@ from ...ops.decode_attention import decode_attention, reference
 from ...ops.decode_attention.op import BACKENDS as _BACKENDS
 from ...ops.decode_attention.options import New, Options, appended
 from ...testing.numerics import max_error, rounding
-from ..problem import Check, Problem, Variant
+from ..problem import Check, Problem, Variant, asked
 
 PHASES = ("forward",)
 BASELINE = "torch-sdpa"
@@ -40,7 +40,8 @@ def own(problem: Problem, backend: str | None) -> Variant:
 
 def variant(inputs: dict, backend: str | None) -> Variant:
     """A call with the keyword arguments `inputs`."""
-    return Variant(lambda: decode_attention(**inputs, backend=backend), named)
+    name = asked(backend, decode_attention, **inputs)
+    return Variant(lambda: decode_attention(**inputs, backend=name), named)
 
 
 def named(raw: torch.Tensor) -> dict[str, torch.Tensor]:

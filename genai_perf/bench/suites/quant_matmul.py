@@ -2,13 +2,11 @@
 
 import torch
 
-from ..._backends import native
-from ..._dispatch import native_first
 from ..._errors import BackendUnsupported
 from ...ops.quant_matmul import cases as listed
 from ...ops.quant_matmul import quant_matmul
 from ...ops.quant_matmul.api import QUANT_MATMUL
-from ..problem import Problem, Variant
+from ..problem import Problem, Variant, asked
 from . import linear
 from .linear import check, named
 
@@ -38,17 +36,16 @@ def make(case, phase: str, device: str, seed: int) -> Problem:
 def own(problem: Problem, backend: str) -> Variant:
     x, weight = problem.inputs["x"], problem.inputs["weight"]
     backend, _, rounding = backend.partition(":")
-    # A user names no backend, and so gets to the native kernel without the op around it.
-    direct = backend == "native" and native_first() and native.why_not(x) is None
-    asked = None if direct else backend
     if not rounding:
-        return linear.variant(problem, lambda x: quant_matmul(x, weight, backend=asked), x)
+        name = asked(backend, quant_matmul, x, weight)
+        return linear.variant(problem, lambda x: quant_matmul(x, weight, backend=name), x)
     kind, formats = ROUNDED[rounding]
     if weight.format not in formats or problem.phase != "forward":
         raise BackendUnsupported(
             f"{rounding}: {kind} activations are for the forward of {' and '.join(formats)} weights"
         )
+    name = asked(backend, quant_matmul, x, weight, activations=kind)
     return linear.variant(
-        problem, lambda x: quant_matmul(x, weight, activations=kind, backend=asked), x,
+        problem, lambda x: quant_matmul(x, weight, activations=kind, backend=name), x,
         numerics=kind,
     )  # fmt: skip
