@@ -81,7 +81,9 @@ sanitize: dev
 	  ASAN_OPTIONS=detect_leaks=0 $$t || exit 1; done
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(PY) tests/sanitize.py $(SANITIZED) -x -p no:cacheprovider tests/test_conformance.py \
-	  tests/ops/test_attention_pairs.py
+	  tests/ops/test_attention_pairs.py tests/ops/test_attention_direct.py \
+	  tests/ops/test_decode_attention_direct.py tests/ops/test_quant_matmul_fixed.py \
+	  tests/ops/test_quant_matmul_int8.py
 
 # N random attention calls against the float64 oracle; a failure prints its case.
 N ?= 200
