@@ -17,6 +17,20 @@ float finish(const QuantMatmulArgs& a, int32_t sum, int64_t n, float x_scale, fl
 // sum - 128 * ones, as it is modulo 2^32.
 [[maybe_unused]] int32_t less128(int32_t sum, int32_t ones) { return int32_t(uint32_t(sum) - 128u * uint32_t(ones)); }
 
+#if defined(__AVX2__)
+// The sum of the lanes modulo 2^32.
+int32_t sum_lanes(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+#endif
+#if defined(__AVX512F__)
+int32_t sum_lanes(__m512i v) {
+  return sum_lanes(_mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1)));
+}
+#endif
+
 // --- a few rows of x: W is read as it lies -------------------------------------------------------
 
 constexpr int64_t MOST_FEW = 16;  // above, a new layout of W pays
@@ -48,8 +62,7 @@ GP_DOT void dot(const int8_t* w, int64_t w_stride, const int8_t* x, int64_t x_st
   }
   for (int r = 0; r < R; ++r) {
     for (int m = 0; m < M; ++m)
-      sums[r * MAX_X + m] =
-          less128(_mm512_reduce_add_epi32(acc[r][m]), _mm512_reduce_add_epi32(all[r]));
+      sums[r * MAX_X + m] = less128(sum_lanes(acc[r][m]), sum_lanes(all[r]));
   }
 }
 #elif defined(__AVX2__)
@@ -77,12 +90,7 @@ void dot(const int8_t* w, int64_t w_stride, const int8_t* x, int64_t x_stride, i
       }
     }
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) {
-      __m128i s = _mm_add_epi32(_mm256_castsi256_si128(acc[r][m]),
-                                _mm256_extracti128_si256(acc[r][m], 1));
-      s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-      sums[r * MAX_X + m] = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-    }
+    for (int m = 0; m < M; ++m) sums[r * MAX_X + m] = sum_lanes(acc[r][m]);
 }
 #else
 template <int R, int M>

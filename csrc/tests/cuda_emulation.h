@@ -8,7 +8,6 @@
 
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -17,6 +16,10 @@
 #include <vector>
 
 #include "common/simd.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #define __global__
 #define __device__ inline
@@ -99,7 +102,11 @@ static std::vector<Exchange> exchanges;
 // kernel() with `blocks` blocks of `threads` threads, a multiple of 32.
 inline void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
   static std::vector<char> stacks;  // kept: fresh memory costs more than most kernels
-  stacks.resize(std::max(stacks.size(), threads * kStack));
+  if (stacks.size() < threads * kStack) stacks = std::vector<char>(threads * kStack);
+#if defined(__SANITIZE_ADDRESS__)
+  // The last frame of a fiber is never left: its guards would stay.
+  __asan_unpoison_memory_region(stacks.data(), stacks.size());
+#endif
   gridDim = {blocks};
   for (unsigned b = 0; b < blocks; ++b) {
     blockIdx = {b};

@@ -281,7 +281,7 @@ def swept_error(
 
 
 def _norm(rows: torch.Tensor) -> float:
-    return float(rows.square().sum(dtype=torch.float64))
+    return float(rows.square().sum(-1).sum(dtype=torch.float64))
 
 
 def _energy(rows: torch.Tensor, hessian: torch.Tensor) -> float:

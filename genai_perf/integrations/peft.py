@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..nn import QuantizedWeight, QuantLinear
-from ..ops.quantize import quantize_like
+from ..ops.quantize import dequantize, quantize_like
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -79,7 +79,7 @@ def _lora_layer() -> type:
                 if adapter not in self.lora_A:
                     continue
                 held = base.weight.tensor()
-                merged = held.dequantize(torch.float32) + self.get_delta_weight(adapter)
+                merged = dequantize(held, torch.float32) + self.get_delta_weight(adapter)
                 if safe_merge and not merged.isfinite().all():
                     raise ValueError(
                         f"merge: adapter {adapter!r} gives a weight that is not finite"

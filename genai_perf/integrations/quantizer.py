@@ -20,6 +20,7 @@ from ..nn import QuantConfig, QuantizationRecord, QuantizedStack, QuantizedWeigh
 from ..nn.experts import Stack, find_stacks, put
 from ..nn.linear import dense_weight
 from ..nn.model import DEFAULT_SKIP, matches, three_dimensional
+from ..ops.quantize import dequantize
 from .expert_parts import stored_parts
 
 NAME = "genai_perf"
@@ -163,7 +164,7 @@ def dense_again(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLinear):
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(layer.weight.tensor().dequantize(dtype))
+            linear.weight = nn.Parameter(dequantize(layer.weight.tensor(), dtype))
             linear.bias = layer.bias
             model.set_submodule(name, linear.train(layer.training))
         elif isinstance(layer, QuantizedStack):

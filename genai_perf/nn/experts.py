@@ -10,6 +10,7 @@ from torch import nn
 from .._checks import fail
 from ..formats import QuantizedTensor
 from ..ops.quant_matmul import quant_matmul
+from ..ops.quantize import dequantize
 from .linear import QuantConfig, QuantizedWeight
 
 
@@ -150,7 +151,7 @@ class QuantizedStack(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The stack that this stands for, as the parameter had it."""
-        dense = torch.stack([weight.tensor().dequantize(dtype) for weight in self.weights])
+        dense = torch.stack([dequantize(weight.tensor(), dtype) for weight in self.weights])
         return dense.transpose(1, 2).contiguous() if self.transposed else dense
 
     @classmethod
