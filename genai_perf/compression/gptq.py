@@ -7,7 +7,6 @@ import torch
 from .._checks import check_choice, fail
 from ..formats import QuantizedTensor
 from ..formats.base import FLOATS
-from ..ops.quantize import dequantize
 from ..ops.quantize.grid import GroupGrid, IntGrid, Tables
 from .hessian import Factor, factorize, swept_error
 from .sparsegpt import check_weight
@@ -147,4 +146,15 @@ def solve(
     qweight = grid.pack(new, dtype)
     error = swept_error(weight, new, hessian, factor, cost)
     del new
-    return QuantizedResult(qweight, dequantize(qweight), error)
+    return QuantizedResult(qweight, stands_for(qweight), error)
+
+
+def stands_for(qweight: QuantizedTensor) -> torch.Tensor:
+    """What a weight dequantizes to, some rows at a time where it can be: the codec's temporaries
+    are several times the weight in fp32."""
+    if not qweight.by_rows:
+        return qweight.dequantize()
+    out = torch.empty(qweight.shape, dtype=qweight.dtype, device=qweight.device)
+    for start in range(0, len(out), 512):
+        out[start : start + 512] = qweight.rows(start, start + 512).dequantize()
+    return out

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import QuantizedTensor
-from ..ops.quantize import dequantize
 from ..ops.quantize.grid import GroupGrid, IntGrid
 from . import gptq, magnitude, ria, rtn, sparsegpt, wanda
 from .float_grid import Fp8Grid, Nf4Grid
@@ -151,4 +150,4 @@ def _joint(weight, inputs, pruner, quantizer, group_size, name, notes) -> LayerR
         factor=inputs.factor(pruner.damp_frac), block_size=pruner.block_size, name=name,
     )  # fmt: skip
     qweight = grid.pack(result.weight.to(torch.float32), weight.dtype)
-    return LayerResult(dequantize(qweight), qweight, result.error, notes)
+    return LayerResult(qweight.dequantize(), qweight, result.error, notes)

@@ -7,9 +7,8 @@ import torch
 from .. import formats
 from ..formats import IntGroups, QuantizedTensor, int4
 from ..formats.base import FLOATS
-from ..ops.quantize import dequantize, quantize
 from ..ops.quantize.grid import GroupGrid
-from .gptq import QuantizedResult
+from .gptq import QuantizedResult, stands_for
 from .hessian import relative_error
 from .sparsegpt import check_weight
 
@@ -48,21 +47,21 @@ def solve(
         dense = weight.detach().float()
         grid.fit(dense, dense.new_ones(dense.shape[1]) if importance is None else importance)
         qweight = grid.pack(dense, weight.dtype if weight.dtype in FLOATS else torch.float32)
-        new = dequantize(qweight)
+        new = stands_for(qweight)
         return QuantizedResult(qweight, new, relative_error(weight, new, hessian))
-    qweight = quantize(
+    chosen = formats.get(format)
+    qweight = chosen.quantize(
         weight,
-        format,
         group_size=group_size,
         symmetric=symmetric,
         double_quant=double_quant,
         granularity=granularity,
-        scale_dtype=scale_dtype if isinstance(formats.get(format), IntGroups) else None,
+        scale_dtype=scale_dtype if isinstance(chosen, IntGroups) else None,
         allow_nonfinite=allow_nonfinite,
     )
     if format in ("int8", "fp8", "fp8_e5m2") and scale_dtype not in (None, torch.float32):
         qweight = _round_scales(weight, qweight, scale_dtype)
-    new = dequantize(qweight)
+    new = stands_for(qweight)
     return QuantizedResult(qweight, new, relative_error(weight, new, hessian))
 
 

@@ -93,6 +93,20 @@ class QuantizedTensor(Components):
 
         return get(self.format).dequantize(self, dtype)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row of this (N, K) has its own codes and scales, as `rows` needs."""
+        return len(self.shape) == 2 and all(
+            tensor.dim() == 2 and len(tensor) == self.shape[0]
+            for tensor in self.components().values()
+        )
+
+    def rows(self, start: int, stop: int) -> "QuantizedTensor":
+        """Rows start to stop of one that is `by_rows`; the components are views."""
+        parts = {name: tensor[start:stop] for name, tensor in self.components().items()}
+        shape = torch.Size((len(parts["qdata"]), self.shape[1]))
+        return QuantizedTensor(self.format, shape, self.dtype, group_size=self.group_size, **parts)
+
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on `device`."""
         moved = {name: tensor.to(device) for name, tensor in self.components().items()}
